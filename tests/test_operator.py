@@ -1,0 +1,63 @@
+"T(x) = D(E(x)) of whole scans."
+import json, subprocess, sys
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from fvae_nb.data.ct import ct_volume, read_ct
+from fvae_nb.metrics.image import mse, psnr
+from fvae_nb.reconstruction.operator import reconstruct
+from fvae_nb.vaes.interface import load_vae
+
+
+def test_papers_protocol_to_the_letter(taef2, tmp_path):
+    from rules import smooth_video
+    facts, data = json.loads((FIXTURES / "taef2/protocol_taef2.json").read_text()), np.load(FIXTURES / "taef2/protocol_taef2.npz")
+    hu = np.transpose(np.round(1200 * smooth_video(1, 70, 32, 40, seed=9)[0]).astype(np.int16), (1, 2, 0))
+    nib.save(nib.Nifti1Image(hu, np.diag([.7, .7, 2.5, 1.])), tmp_path / "a.nii.gz")
+    from fvae_nb.data.ct import write_ct
+    write_ct(reconstruct(read_ct(tmp_path / "a.nii.gz"), taef2, protocol="paper"), tmp_path / "b.nii.gz", "int16")
+    ours, theirs = nib.load(tmp_path / "b.nii.gz").get_fdata(), data["recon_hu"]
+    different = ours != theirs
+    print("voxels that differ: %.4f %%, by at most %g HU" % (100 * different.mean(), np.abs(ours - theirs).max()))
+    assert np.abs(ours - theirs).max() <= 1 and different.mean() <= 1e-3
+    clip = lambda x: np.transpose(x, (2, 0, 1)).astype(np.float32)
+    assert abs(psnr(clip(hu), clip(theirs)) - facts["metrics_by_the_proposed_definition"]["psnr_volume"]) < 1e-3
+    assert abs(mse(clip(hu), clip(theirs)) - facts["metrics_by_the_proposed_definition"]["mse255"]) < 1e-2
+
+
+_MEMORY = """
+import resource, sys, numpy as np, torch
+torch.set_num_threads(1)
+from fvae_nb.data.ct import ct_volume
+from fvae_nb.reconstruction.operator import reconstruct
+from fvae_nb.vaes.interface import load_vae
+vae, n = load_vae('tiny'), int(sys.argv[1])
+reconstruct(ct_volume(np.zeros((5, 256, 256), np.float32) + np.arange(256, dtype=np.float32)), vae)
+ct = ct_volume(np.random.default_rng(0).normal(0, 300, (n, 256, 256)).astype(np.float32))
+reconstruct(ct, vae)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - 2 * ct.array.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_slices():
+    peaks = [int(subprocess.run([sys.executable, "-c", _MEMORY, str(n)], capture_output=True, text=True, check=True).stdout) / 2**20 for n in (65, 129, 257)]
+    print("peak memory above input and output arrays, MB:", [round(p, 1) for p in peaks])
+    assert max(peaks) / min(peaks) < 1.05
+
+
+@pytest.mark.parametrize("file, dct, dct32", [("LUNG1-001_ct", 31.93, 41.7)])
+def test_control_reproduces_the_measured_figures(test_data, file, dct, dct32):
+    ct = read_ct(test_data / "ct" / f"{file}.nii.gz")
+    assert abs(psnr(ct.array, reconstruct(ct, load_vae("dct")).array) - dct) < .1
+    assert abs(psnr(ct.array, reconstruct(ct, load_vae("dct-1x8x8-32")).array) - dct32) < .1
+
+
+@pytest.mark.parametrize("file, slices", [("LUNG1-001_ct", slice(40, 81)), ("crlm_1004_ct", slice(0, 41)), ("STS_003_ct", slice(4, 45))])
+def test_tiny_beats_its_control_on_scans_it_never_saw(test_data, file, slices):
+    from fvae_nb.data.prepare import crop
+    ct = crop(read_ct(test_data / "ct" / f"{file}.nii.gz"), slices=slices)
+    gain = psnr(ct.array, reconstruct(ct, load_vae("tiny")).array) - psnr(ct.array, reconstruct(ct, load_vae("dct-4x8x8-16-causal")).array)
+    print(f"{file}: {gain:+.2f} dB over the causal control")
+    assert gain >= 1.5
