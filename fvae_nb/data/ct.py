@@ -72,7 +72,7 @@ def ct_volume(
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(array.shape) - 1) / 2)
     return CTVolume(np.asarray(array), affine, name, None, synthetic)
 
-# %% ../../nbs/01_data/01_ct.ipynb #289d08bd
+# %% ../../nbs/01_data/01_ct.ipynb #54756e19
 def _file_bytes(path:Path) -> bytes:
     "The unpacked bytes; gzip's CRC is checked"
     if not path.exists(): raise DataError(f"{path}: no such file; give the path of a CT (.nii, .nii.gz)")
@@ -93,6 +93,7 @@ def _read_nifti(path:Path) -> tuple[np.ndarray, np.ndarray, tuple[int,int]]:
         array = np.asanyarray(image.dataobj)
     except DataError: raise
     except Exception as error: raise DataError(f"{path}: not a NIfTI image that can be read ({type(error).__name__}: {' '.join(str(error).split())}); expected a whole .nii or .nii.gz") from None
+    if array.ndim < 3: return array, image.affine, (1, 1)          # refused by the next check
     codes = int(header["qform_code"]), int(header["sform_code"])
     if codes == (0, 0): raise DataError(f"{path}: says neither where nor how it lies in the patient (qform and sform codes are 0); set them, for example with nibabel's set_sform")
     voxel = np.array(header.get_zooms()[:3], float)
