@@ -76,6 +76,17 @@ def test_unit_range(tmp_path): refused("hu_mode", lambda: read_ct(save(tmp_path 
 def test_byte_range(tmp_path): refused("hu_mode", lambda: read_ct(save(tmp_path / "x.nii.gz", (GOOD % 256).astype(np.uint8))))
 def test_sheared(tmp_path):
     a = LPS.copy(); a[1, 2] = .5; refused("sheared", lambda: read_ct(save(tmp_path / "x.nii.gz", affine=a)))
+def test_two_axes_the_same_way(tmp_path):
+    p = save(tmp_path / "x.nii"); raw = bytearray(p.read_bytes())
+    raw[252:256] = np.array([0, 1], "<i2").tobytes(); raw[280:328] = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0]], "<f4").tobytes(); p.write_bytes(raw)
+    refused("cannot be inverted", lambda: read_ct(p))
+def test_no_spacing(tmp_path):
+    p = save(tmp_path / "x.nii"); raw = bytearray(p.read_bytes())
+    raw[252:256] = np.array([0, 1], "<i2").tobytes(); raw[280:328] = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], "<f4").tobytes(); p.write_bytes(raw)
+    refused("no spacing along axis 2", lambda: read_ct(p))
+def test_colour(tmp_path):
+    rgb = np.zeros((5, 6, 7), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    nib.save(nib.Nifti1Image(rgb, LPS), tmp_path / "x.nii.gz"); refused("colour", lambda: read_ct(tmp_path / "x.nii.gz"))
 def test_no_orientation(tmp_path):
     p = save(tmp_path / "x.nii"); raw = bytearray(p.read_bytes()); raw[252:256] = b"\0" * 4; p.write_bytes(raw)
     refused("neither where nor how", lambda: read_ct(p))

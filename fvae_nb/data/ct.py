@@ -72,10 +72,10 @@ def ct_volume(
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(array.shape) - 1) / 2)
     return CTVolume(np.asarray(array), affine, name, None, synthetic)
 
-# %% ../../nbs/01_data/01_ct.ipynb #54756e19
+# %% ../../nbs/01_data/01_ct.ipynb #ec3e972c
 def _file_bytes(path:Path) -> bytes:
     "The unpacked bytes; gzip's CRC is checked"
-    if not path.exists(): raise DataError(f"{path}: no such file; give the path of a CT (.nii, .nii.gz)")
+    if not path.exists(): raise DataError(f"{path}: no such file; give the path of a CT")
     raw = path.read_bytes()
     if raw[:2] != b"\x1f\x8b": return raw
     try: return gzip.decompress(raw)
@@ -102,6 +102,79 @@ def _read_nifti(path:Path) -> tuple[np.ndarray, np.ndarray, tuple[int,int]]:
     return array, image.affine, codes
 
 def _mm(x): return " x ".join(f"{v:.4g}" for v in x) + " mm"
+
+# %% ../../nbs/01_data/01_ct.ipynb #a8112f70
+def _read_itk(path:Path) -> tuple[np.ndarray, np.ndarray, tuple[int,int]]:
+    "NRRD and MHA/MHD: array in the file's order (x, y, z), affine in RAS, form codes"
+    import SimpleITK as sitk
+    if not path.exists(): raise DataError(f"{path}: no such file; give the path of a CT")
+    head = path.read_bytes()[:8192].decode("latin-1").lower()
+    wanted = ("space directions", "spacings") if path.suffix.lower() == ".nrrd" else ("elementspacing", "elementsize")
+    if not head.startswith("nrrd") and path.suffix.lower() == ".nrrd" or path.suffix.lower() != ".nrrd" and "ndims" not in head:
+        raise DataError(f"{path}: not an image that can be read; expected a {path.suffix} file")
+    if not any(w in head for w in wanted): raise DataError(f"{path}: missing spacing (no {wanted[0]!r} in its header); write the voxel size into the header")
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try: image = sitk.ReadImage(str(path))
+    except RuntimeError as error: raise DataError(f"{path}: not an image that can be read, or damaged ({' '.join(str(error).split())[-160:]}); copy the file again from its source") from None
+    if image.GetNumberOfComponentsPerPixel() > 1: raise DataError(f"{path}: a colour image ({image.GetNumberOfComponentsPerPixel()} values per voxel); a CT has one value per voxel")
+    array = sitk.GetArrayFromImage(image).T
+    if array.ndim != 3: return array, np.eye(4), (1, 1)               # refused by the next check
+    return array, _ras(np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing()), image.GetOrigin()), (1, 1)
+
+def _ras(matrix, origin):
+    "Affine in RAS from axes and origin in LPS, as DICOM and ITK write them"
+    affine = np.eye(4); affine[:3, :3], affine[:3, 3] = matrix, origin
+    return np.diag([-1., -1., 1., 1.]) @ affine
+
+# %% ../../nbs/01_data/01_ct.ipynb #44a2db30
+def _read_dicom(folder:Path) -> tuple[np.ndarray, np.ndarray, tuple[int,int]]:
+    "A folder with one CT series: array (x, y, z), affine in RAS, form codes"
+    import pydicom
+    heads = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        try: head = pydicom.dcmread(path)
+        except Exception: continue                                       # README, DICOMDIR and the like
+        if "PixelData" in head: heads.append((path, head))
+    if not heads: raise DataError(f"{folder}: a folder without DICOM images; give a CT file or the folder of one series")
+    series = {h.get("SeriesInstanceUID") for _, h in heads}
+    if len(series) > 1: raise DataError(f"{folder}: holds {len(series)} series; put the slices of one series into a folder of their own")
+    return _stack_dicom(folder, heads)
+
+def _stack_dicom(folder, heads):
+    "Slices of one series, sorted by place and checked"
+    for path, h in heads:
+        if h.get("SamplesPerPixel", 1) != 1 or h.get("PhotometricInterpretation", "MONOCHROME2") != "MONOCHROME2":
+            raise DataError(f"{path}: a colour or palette image; a CT is MONOCHROME2 with one value per pixel")
+        if h.get("Modality", "CT") != "CT": raise DataError(f"{path}: modality {h.Modality}, expected CT; its values are not HU")
+        for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+            if key not in h: raise DataError(f"{path}: no {key}; without it place or HU are unknown; export the series again")
+    first = heads[0][1]
+    same = lambda key, h: np.allclose(np.array(h[key].value, float), np.array(first[key].value, float), atol=1e-3)
+    for path, h in heads:
+        if (h.Rows, h.Columns) != (first.Rows, first.Columns) or not (same("ImageOrientationPatient", h) and same("PixelSpacing", h)):
+            raise DataError(f"{path}: another size, orientation or pixel spacing than {heads[0][0].name}; scouts and reformats do not belong to the series")
+    x, y = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
+    normal = np.cross(x, y)
+    heads = sorted(heads, key=lambda p: float(normal @ np.array(p[1].ImagePositionPatient, float)))
+    places = np.array([h.ImagePositionPatient for _, h in heads], float)
+    step = _even_steps(folder, heads, places @ normal, places, normal)
+    slices = []
+    for path, h in heads:
+        try: slices.append(h.pixel_array.astype(np.float32) * np.float32(h.RescaleSlope) + np.float32(h.RescaleIntercept))
+        except Exception as error: raise DataError(f"{path}: pixels cannot be read ({type(error).__name__}); truncated, or a compression that needs another pydicom plugin") from None
+    rows, columns = map(float, first.PixelSpacing)                       # between rows, between columns
+    return np.stack(slices).T, _ras(np.stack([x * columns, y * rows, normal * step], 1), places[0]), (1, 1)
+
+def _even_steps(folder, heads, along, places, normal):
+    "mm between slices; raises for duplicates, gaps and tilt"
+    if len(heads) == 1: raise DataError(f"{folder}: a single slice; expected a volume")
+    steps = np.diff(along); step = float(np.median(steps))
+    for n in np.flatnonzero(steps < 1e-3): raise DataError(f"{folder}: {heads[n][0].name} and {heads[n + 1][0].name} lie at the same place; remove the repeated slice or reconstruction")
+    gaps = np.flatnonzero(np.abs(steps - step) > .1 * step)
+    if len(gaps): raise DataError(f"{folder}: missing slices: {steps[gaps[0]]:.2f} mm between {heads[gaps[0]][0].name} and {heads[gaps[0] + 1][0].name}, {step:.2f} mm elsewhere; complete the series")
+    drift = places[-1] - places[0]; drift = drift - normal * (normal @ drift)
+    if np.linalg.norm(drift) > .01 * abs(along[-1] - along[0]): raise DataError(f"{folder}: gantry tilt: slices shift by {np.linalg.norm(drift):.1f} mm from first to last; resample the series onto a straight grid first")
+    return float(np.mean(steps))
 
 # %% ../../nbs/01_data/01_ct.ipynb #5a2b175c
 def _check_geometry(path, array, affine):
@@ -138,7 +211,7 @@ def _to_hu(path, array, hu_mode, rescale):
         return (array.astype(np.float32) / np.float32(1 if array.max() <= 1 else 255)) * (hi - lo) + lo
     return array.astype(np.float32)
 
-# %% ../../nbs/01_data/01_ct.ipynb #b140f26c
+# %% ../../nbs/01_data/01_ct.ipynb #c860b703
 def _ours(array, affine, codes, name):
     "Reorder the file's axes to slice, row, column without touching a value"
     import nibabel as nib
@@ -155,27 +228,33 @@ def case_name(
         if name.lower().endswith(end): return name[:-len(end)]
     return name
 
+def _read_any(path:Path):
+    "Array, affine, form codes of whatever the path is"
+    if path.is_dir(): return _read_dicom(path)
+    if path.suffix.lower() in (".nrrd", ".mha", ".mhd"): return _read_itk(path)
+    return _read_nifti(path)
+
 def read_ct(
-    path:str|Path,        # .nii or .nii.gz
+    path:str|Path,        # .nii, .nii.gz, .nrrd, .mha, .mhd, or the folder of one DICOM series
     hu_mode:str="hu",     # what the numbers are: hu, clipped_m1024_3071, ct_rate_raw, uint8_window
     rescale:tuple[float,float]|None=None, # slope and intercept for ct_rate_raw
 ) -> CTVolume: # float32 HU
     "Read a CT; anything that is not a plain scan in HU gives one clear `DataError`"
     path = Path(path)
-    array, affine, codes = _read_nifti(path)
+    array, affine, codes = _read_any(path)
     array = _check_geometry(path, array, affine)
-    _check_values(path, array, hu_mode)
+    _check_values(path, array, "dicom" if path.is_dir() else hu_mode)    # DICOM says its own slope and intercept
     ct = _ours(_to_hu(path, array, hu_mode, rescale), affine, codes, case_name(path))
     if ct.shape[0] == 1: raise DataError(f"{path}: a single slice; expected a volume")
     return ct
 
 def read_mask(
-    path:str|Path,       # .nii or .nii.gz with integer labels
+    path:str|Path,       # .nii, .nii.gz, .nrrd or .mha with integer labels
     ct:CTVolume|None=None, # the scan it belongs to; its grid must be the same
 ) -> CTVolume: # integer labels
     "Read a label map"
     path = Path(path)
-    array, affine, codes = _read_nifti(path)
+    array, affine, codes = _read_any(path)
     array = _check_geometry(path, array, affine)
     if array.dtype.kind == "f":
         if not np.isfinite(array).all() or not np.array_equal(array, np.round(array)): raise DataError(f"{path}: a mask holds whole numbers, found fractions")
@@ -192,13 +271,13 @@ def check_same_grid(
     if mask.shape != ct.shape: raise DataError(f"{mask.name}: mask of shape {mask.shape}, its CT {ct.name} has {ct.shape}; resample the mask onto the CT")
     if not np.allclose(mask.affine, ct.affine, atol=1e-2): raise DataError(f"{mask.name}: same shape as {ct.name}, but another place in the patient (affines differ by up to {np.abs(mask.affine - ct.affine).max():.3g} mm); resample the mask onto the CT")
 
-# %% ../../nbs/01_data/01_ct.ipynb #5de64d46
+# %% ../../nbs/01_data/01_ct.ipynb #a4a8b9e0
 def write_ct(
     ct:CTVolume,         # a volume
-    path:str|Path,       # .nii or .nii.gz
+    path:str|Path,       # .nii, .nii.gz, .nrrd or .mha
     dtype:str|None=None, # 'int16' rounds; None: int16 where all values are whole and fit, else float32
 ) -> Path:
-    "Write NIfTI in the file's own axis order; array, affine and orientation come back as they were. Not for clinical use"
+    "Write in the file's own axis order; array, affine and orientation come back as they were. Not for clinical use"
     import nibabel as nib
     from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
     path, array = Path(path), ct.array
@@ -213,12 +292,26 @@ def write_ct(
     array = apply_orientation(array, back)
     codes = ct.stored.codes if ct.stored else (1, 1)
     if ct.stored and array.shape == ct.stored.shape and np.allclose(affine, ct.stored.affine, rtol=0, atol=1e-6): affine = ct.stored.affine
+    note = ("SYNTHETIC. " if ct.synthetic else "") + "fvae_nb. Not for clinical use"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in (".nrrd", ".mha"): return _write_itk(array.astype(dtype), affine, path, note)
     image = nib.Nifti1Image(array.astype(dtype), affine)
     image.set_sform(affine, codes[1] or codes[0]); image.set_qform(affine, codes[0] or codes[1])
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = ("SYNTHETIC. " if ct.synthetic else "") + "fvae_nb. Not for clinical use"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    image.header["descrip"] = note
     nib.save(image, path)
+    return path
+
+# %% ../../nbs/01_data/01_ct.ipynb #3de19a7d
+def _write_itk(array, affine, path, note):
+    "NRRD or MHA from an array (x, y, z) and an affine in RAS"
+    import SimpleITK as sitk
+    lps = np.diag([-1., -1., 1., 1.]) @ affine
+    spacing = np.sqrt((lps[:3, :3]**2).sum(0))
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing(spacing.tolist()); image.SetDirection((lps[:3, :3] / spacing).ravel().tolist()); image.SetOrigin(lps[:3, 3].tolist())
+    image.SetMetaData("note", note)
+    sitk.WriteImage(image, str(path), useCompression=True)
     return path
 
 # %% ../../nbs/01_data/01_ct.ipynb #73229ffd

@@ -13,11 +13,11 @@ from ..running.jobs import JobParams, do_units
 # %% auto #0
 __all__ = ['Params', 'models', 'cases', 'run', 'show_run']
 
-# %% ../../nbs/jobs/reconstruct.ipynb #112cd0a7
+# %% ../../nbs/jobs/reconstruct.ipynb #b907b19a
 class Params(JobParams):
     "Reconstruct scans with one or several VAEs"
     vae:list[str] = Field(["tiny", "dct"], min_length=1, description="VAEs by name; dct or dct-4x8x8-16-causal is the linear control")
-    cases:list[str] = Field(["thorax"], min_length=1, description="NIfTI files, folders of them, a .jsonl manifest, 'sample' (the sample chest CT) or 'thorax' (drawn, SYNTHETIC)")
+    cases:list[str] = Field(["thorax"], min_length=1, description="CT files (.nii, .nii.gz, .nrrd, .mha), DICOM folders, folders of either, a .jsonl manifest, 'sample' (the sample chest CT) or 'thorax' (drawn, SYNTHETIC)")
     control:bool = Field(True, description="add, for each VAE, the linear control at its own latent budget")
     window:tuple[float, float] = Field((-1000., 1000.), description="HU that enter the VAE")
     chunk:int = Field(16, ge=1, description="slices per step: memory, not result")
@@ -31,9 +31,7 @@ class Params(JobParams):
         if not v[0] < v[1]: raise ValueError("expected (low, high) with low < high")
         return v
 
-# %% ../../nbs/jobs/reconstruct.ipynb #24c808d3
-_NAMED = {"sample": "chest_ct", "thorax": "ellipsoid_thorax"}
-
+# %% ../../nbs/jobs/reconstruct.ipynb #d7604cff
 def _files(item):
     "(id, path, hu_mode) of one item of `cases`"
     from fvae_nb.data.ct import case_name
@@ -48,10 +46,20 @@ def _files(item):
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         return [(r["id"], (settings().root_of(r["dataset"]) or path.parent)/r["ct"], r.get("hu_mode", "hu")) for r in rows]
     if path.is_dir():
-        found = sorted(p for p in path.glob("*.nii*") if not p.name.startswith("."))
-        if not found: raise JobError(f"cases: {path}: a folder without .nii or .nii.gz files")
-        return [(case_name(p), p, "hu") for p in found]
+        found = sorted(p for p in path.iterdir() if p.name.lower().endswith((".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")) and not p.name.startswith("."))
+        if found: return [(case_name(p), p, "hu") for p in found]
+        inner = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if inner and not any(p.is_file() for p in path.iterdir()): return [(p.name, p, "hu") for p in inner]   # one DICOM series a folder
+        return [(path.name, path, "hu")]                                                                      # a DICOM series
     return [(case_name(path), path, "hu")]
+
+def _fingerprint(path):
+    "Size and sha256 of a file, or of a folder's files in order of name"
+    import hashlib
+    if path is None or not Path(path).exists(): return dict(bytes=None, sha256=None)
+    if Path(path).is_file(): return dict(bytes=Path(path).stat().st_size, sha256=sha256_of(path))
+    files = sorted(p for p in Path(path).iterdir() if p.is_file())
+    return dict(bytes=sum(p.stat().st_size for p in files), sha256=hashlib.sha256("".join(sha256_of(p) for p in files).encode()).hexdigest())
 
 def models(
     params:Params, # of the job
@@ -71,8 +79,7 @@ def cases(
     out = []
     for item in params.cases:
         for id, path, mode in _files(item):
-            there = path is not None and Path(path).is_file()
-            out.append(dict(id=id, path=str(Path(path).absolute()) if path is not None else None, hu_mode=mode, bytes=Path(path).stat().st_size if there else None, sha256=sha256_of(path) if there else None))
+            out.append(dict(id=id, path=str(Path(path).absolute()) if path is not None else None, hu_mode=mode) | _fingerprint(path))
     return out[:params.limit], models(params)
 
 # %% ../../nbs/jobs/reconstruct.ipynb #f407b240
