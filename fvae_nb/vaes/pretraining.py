@@ -36,7 +36,7 @@ def load_clip(
     import imageio.v3 as iio
     return torch.from_numpy(np.stack([f.mean(-1).round().astype(np.uint8) for f in iio.imiter(path, plugin="FFMPEG")]))
 
-# %% ../../nbs/04_vaes/05_pretraining.ipynb #dca76526
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #4042f63d
 def _smooth(rng, shape, points):
     "A smooth random field with `points` control points an axis, sd about 1: (1, 1, *shape)"
     coarse = torch.randn((1, 1, *points), generator=rng)
@@ -48,6 +48,7 @@ def _chance(rng, p): return torch.rand((), generator=rng).item() < p
 def _choice(rng, n): return int(torch.randint(n, (), generator=rng))
 def _normal(rng, sd): return torch.randn((), generator=rng).item() * sd
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #3dd57053
 def moving_photo(
     photo:list[torch.Tensor], # as `load_photo` gives it
     frames:int,               # frames to make
@@ -85,6 +86,7 @@ def moving_photo(
     grid = torch.stack([px / (W - 1) * 2 - 1, py / (H - 1) * 2 - 1], -1)
     return F.grid_sample(picture.float().expand(frames, -1, -1, -1), grid, mode="bilinear", padding_mode="reflection", align_corners=True)[:, 0] / 255
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #65e15e47
 def morph(
     a:torch.Tensor,      # (frames, size, size) in [0, 1]
     b:torch.Tensor,      # the same shape
@@ -100,7 +102,7 @@ def morph(
     tau = (.15, .5, 2.)[_choice(rng, 3)]
     return a + (b - a) * torch.sigmoid((t - depth) / tau)
 
-# %% ../../nbs/04_vaes/05_pretraining.ipynb #efa3c831
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #6a4f221c
 def real_clip(
     clip:torch.Tensor,   # (T, H, W) uint8
     frames:int,          # frames to take
@@ -117,6 +119,7 @@ def real_clip(
     if scale == 2: part = F.avg_pool2d(part[None], 2)[0]
     return part.flip(0) if _chance(rng, .5) else part
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #582c2c88
 def gray_curve(
     clip:torch.Tensor,   # (frames, size, size) in [0, 1]
     rng:torch.Generator, # source of chance
@@ -137,6 +140,7 @@ def gray_curve(
     if _chance(rng, .5): x = x.transpose(-1, -2)
     return x.clamp(0, 1)[None] * 2 - 1
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #ea5766ec
 def natural_clip(
     photos:Sequence[list[torch.Tensor]], # from `load_photo`
     clips:Sequence[torch.Tensor],        # from `load_clip`; may be empty
@@ -169,7 +173,7 @@ def natural_batch(
         if clip.std() > .03 or _chance(rng, .02): made.append(clip)   # a blank wall teaches nothing
     return torch.stack(made)
 
-# %% ../../nbs/04_vaes/05_pretraining.ipynb #2231c570
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #86e14183
 def orthogonalise(
     g:torch.Tensor, # (n, out, rest), n matrices
     steps:int=5,    # Newton-Schulz steps
@@ -185,6 +189,7 @@ def orthogonalise(
         gram, total = poly @ gram @ poly, poly @ total
     return total @ x
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #cc1c8a79
 class Muon(torch.optim.Optimizer):
     "Momentum, then an orthogonal step (Jordan 2024) for hidden convolutions, seen as (out, rest) matrices"
     def __init__(self, params, lr:float=.01, momentum:float=.95, decay:float=.2): super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
@@ -203,7 +208,7 @@ class Muon(torch.optim.Optimizer):
                 n, k = turned.shape[1:]
                 for (p, _), g in zip(pairs, turned): p.mul_(1 - group["lr"] * group["decay"]).add_(g.view(shape), alpha=-group["lr"] * max(1, n / k)**.5)
 
-# %% ../../nbs/04_vaes/05_pretraining.ipynb #10e86ab7
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #0f347d5b
 def learning_rate(
     step:int,       # from 0
     steps:int,      # in all
@@ -215,12 +220,14 @@ def learning_rate(
     start = constant * steps
     return 1. if step < start else .5 * (1 + math.cos(math.pi * (step - start) / max(steps - start, 1)))
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #97362bbd
 def _optimisers(net, muon_lr, adam_lr):
     "Muon on the hidden convolutions, AdamW on the rest; the linear path is frozen (it is no parameter)"
     hidden = [p for n, p in net.named_parameters() if ".blocks." in n and p.dim() == 4]
     rest = [p for n, p in net.named_parameters() if not (".blocks." in n and p.dim() == 4)]
     return Muon(hidden, muon_lr), torch.optim.AdamW(rest, adam_lr, betas=(.9, .98), weight_decay=0.)
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #4d99d930
 def _pack(net, ema, optimisers):
     "All tensors of a run under flat names"
     out = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
@@ -241,6 +248,7 @@ def _unpack(tensors, net, ema, optimisers):
                 state.setdefault(int(i), {})[name] = v
         o.load_state_dict({"state": state, "param_groups": o.state_dict()["param_groups"]})
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #e9eb2757
 def save_checkpoint(
     folder:str|Path,  # checkpoints/ of the run
     step:int,         # steps done
@@ -263,6 +271,7 @@ def save_checkpoint(
     for old in sorted(folder.glob("step-*"))[:-keep]: shutil.rmtree(old)
     return final
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #d116183c
 def newest_checkpoint(
     folder:str|Path, # checkpoints/ of the run
 ) -> tuple[dict[str, torch.Tensor], dict]|None: # tensors and facts, or None
@@ -286,7 +295,7 @@ def control_error(
     "Mean squared error of the causal control, clip by clip"
     return (_CONTROL.decode(_CONTROL.encode(x)).clamp(-1, 1) - x).square().flatten(1).mean(1)
 
-# %% ../../nbs/04_vaes/05_pretraining.ipynb #75d312c8
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #63bf13db
 @torch.no_grad()
 def gain_over_control(
     net,                        # a TinyVAE
@@ -302,6 +311,7 @@ def gain_over_control(
         gains.append(10 * torch.log10((control_error(x) + 1e-4) / (error + 1e-4)))   # above 46 dB nobody looks
     return torch.cat(gains).mean().item()
 
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #e960ab23
 def pretrain(
     net,                   # a TinyVAE; trained in place, ends with the EMA weights
     photos:Sequence,       # from `load_photo`
@@ -317,7 +327,7 @@ def pretrain(
     seed:int=0,            # of batches
     bf16:bool=False,       # convolutions in bfloat16?
     every:int=500,         # steps between checkpoints
-    report=lambda **facts: None, # called every 50 steps with step, steps, loss, gain, seconds
+    report=lambda **facts: None, # called every 50 steps and at checkpoints with step, steps, loss, gain, seconds, done
 ) -> list[dict]: # the curve: step, loss (mean of 50 steps), gain on held-out clips where measured
     "Train until `steps`, resuming where the last checkpoint stopped"
     import time
@@ -343,12 +353,12 @@ def pretrain(
         with torch.no_grad():
             for k, v in trained.items(): mean[k].lerp_(v, 1 - decay)
         losses.append(loss.item()); n = step + 1
-        if n % 50 == 0 or n == steps:
+        if n % 50 == 0 or n % every == 0 or n == steps:
             row = {"step": n, "loss": sum(losses) / len(losses)}; losses = []
-            if n % every == 0 or n == steps:
-                row["gain"] = gain_over_control(net, held_out, mean)
-            curve.append(row); report(steps=steps, seconds=time.time() - began, done=n - start, **row)
+            if n % every == 0 or n == steps: row["gain"] = gain_over_control(net, held_out, mean)
+            curve.append(row)
             if "gain" in row: save_checkpoint(checkpoints, n, _pack(net, mean, optimisers), {"curve": curve, "seed": seed, "steps": steps})
+            report(steps=steps, seconds=time.time() - began, done=n - start, **row)
     net.load_state_dict(mean)
     return curve
 

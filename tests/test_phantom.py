@@ -1,0 +1,205 @@
+"The drawn thorax: same patient on every grid, true labels, honest noise."
+import json
+import numpy as np
+import pytest
+from fvae_nb.data.ct import DataError, check_same_grid, read_ct, write_ct
+from fvae_nb.data.phantom import LESION_ID, PHANTOM_IDS, Patient, patient, smooth_field, thorax_phantom
+
+LUNGS = (28, 29, 30, 31, 32)
+HALF = ((33, 64, 64), (6., 5.6, 5.6))     # the whole thorax, coarse: a second
+
+
+@pytest.fixture(scope="module")
+def fine():
+    return thorax_phantom((33, 128, 128), (6., 2.8, 2.8), seed=1)
+
+
+@pytest.fixture(scope="module")
+def coarse():
+    return thorax_phantom(*HALF, seed=1, noise=False)
+
+
+def organ(p, name, volume=None):
+    return (p.clean if volume is None else volume).array[p.mask.array == PHANTOM_IDS[name]]
+
+
+def ml(p, ids):
+    return np.isin(p.mask.array, ids).sum() * np.prod(p.mask.spacing) / 1000
+
+
+def test_one_seed_one_phantom():
+    a, b, c = (thorax_phantom((5, 48, 48), (6., 7., 7.), seed=s) for s in (3, 3, 4))
+    for name in ("ct", "clean", "mask", "lesion"): assert np.array_equal(getattr(a, name).array, getattr(b, name).array)
+    assert a.patient == b.patient != c.patient
+    assert (a.mask.array != c.mask.array).mean() > .02 and (a.clean.array != c.clean.array).mean() > .2
+
+
+def test_noise_and_dose_leave_the_truth_alone():
+    low, high, none = (thorax_phantom((3, 64, 64), (5., 5.6, 5.6), noise=n, photons=f) for n, f in (("fbp", 5e4), ("fbp", 2e6), (False, 2e6)))
+    for other in (high, none):
+        assert np.array_equal(low.clean.array, other.clean.array) and np.array_equal(low.mask.array, other.mask.array)
+    body = low.mask.array > 0
+    sd = [np.std((p.ct.array - p.clean.array)[body]) for p in (low, high, none)]
+    assert sd[0] > 3 * sd[1] > 0 and sd[2] == 0        # 40 times the photons: about sqrt(40) times less, before rounding to whole HU
+    assert (low.noise, none.noise) == ("fbp", "none")
+
+
+def test_ids_are_those_of_table_7(fine, test_data):
+    file = test_data / "specs" / "labels.json"
+    if not file.is_file(): pytest.skip("no labels.json")
+    facts = json.loads(file.read_text())
+    known = {l["name"]: l["id"] for l in facts["labels"]}
+    assert PHANTOM_IDS == {n: known[n] for n in PHANTOM_IDS}
+    assert "nodules" in facts["disease_ids"]["classes"][str(LESION_ID)]
+
+
+def test_labels_lie_in_the_body_and_are_many(fine):
+    lab, hu = fine.mask.array, fine.clean.array
+    assert set(np.unique(lab)) <= {0, *PHANTOM_IDS.values()} and len(np.unique(lab)) >= 55
+    assert np.median(hu[lab == 0]) < -990 and (hu[lab == 0] > -100).mean() < .01      # skin's outer half voxel, no more
+    from scipy.ndimage import binary_erosion, label
+    parts, n = label(lab > 0)
+    assert (parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])).sum() > .999 * (lab > 0).sum()
+    assert not (hu[binary_erosion(lab > 0, iterations=2)] < -1010).any()
+    for volume in (fine.ct, fine.mask, fine.lesion): check_same_grid(volume, fine.clean)
+    assert fine.mask.array.dtype == np.uint8 and fine.ct.array.dtype == np.float32 and fine.clean.synthetic and fine.ct.name == "thorax_phantom"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_organs_have_their_hounsfield_units(seed, fine):
+    p = fine if seed == 1 else thorax_phantom(*HALF, seed=seed, noise=False)
+    for lobe in LUNGS: assert -895 < np.median(p.clean.array[p.mask.array == lobe]) < -820
+    assert 55 < np.median(organ(p, "liver")) < 85
+    assert 335 < np.median(organ(p, "aorta")) < 455
+    assert 20 < np.median(organ(p, "left autochthon")) < 60
+    assert np.median(organ(p, "trachea")) < -850                  # 17 mm wide: at 5.6 mm mostly edge
+    assert -120 < np.median(organ(p, "body")) < -80
+    ribs = p.clean.array[(p.mask.array >= 63) & (p.mask.array <= 86)]
+    assert 150 < ribs.mean() < 310                                # 7 mm thick: partial volume takes much at 5.6 mm
+    assert organ(p, "aorta").mean() > organ(p, "heart").mean() > organ(p, "liver").mean()
+    assert np.mean(p.clean.array[p.lesion.array == LESION_ID]) > -250
+
+
+def test_native_blood_is_grey():
+    p = thorax_phantom(*HALF, seed=1, noise=False, contrast=0)
+    assert 30 < np.median(organ(p, "aorta")) < 60 and 30 < np.median(organ(p, "heart")) < 60
+
+
+def test_left_is_left_and_up_is_up(fine):
+    where = {n: np.argwhere(fine.mask.array == i).mean(0) for n, i in PHANTOM_IDS.items() if (fine.mask.array == i).any()}
+    assert where["liver"][2] < where["stomach"][2] and where["right scapula"][2] < where["left scapula"][2]      # columns run to the patient's left
+    assert where["sternum"][1] < where["heart"][1] < where["vertebrae T8"][1] < where["left autochthon"][1]      # rows run to the back
+    assert where["liver"][0] < where["heart"][0] < where["left clavicular"][0]                                   # slices run to the head
+    assert all(where[f"{s} rib {k}"][2] < where["vertebrae T8"][2] if s == "right" else where[f"{s} rib {k}"][2] > where["vertebrae T8"][2] for s in ("left", "right") for k in range(3, 9))
+
+
+def test_the_same_patient_at_two_voxel_sizes(fine, coarse):
+    down = fine.clean.array.reshape(33, 64, 2, 64, 2).mean((2, 4))
+    body = coarse.mask.array > 0
+    difference = (down - coarse.clean.array)[body]
+    assert abs(difference.mean()) < 10 and np.abs(difference).mean() < 25
+    assert np.corrcoef(down[body], coarse.clean.array[body])[0, 1] > .99
+    for ids, tolerance in ((LUNGS + (132, 133), .02), ((1,), .03), ((115,), .03), ((6,), .04), (tuple(range(63, 87)), .04), (tuple(PHANTOM_IDS.values()), .01)):
+        assert ml(coarse, ids) == pytest.approx(ml(fine, ids), rel=tolerance)
+
+
+def test_a_smaller_window_shows_the_same_place():
+    whole, part = (thorax_phantom((n, 64, 64), (5., 5.6, 5.6), noise=False) for n in (9, 3))
+    assert np.array_equal(whole.mask.array[3:6], part.mask.array)
+    assert np.abs(whole.clean.array[3:6] - part.clean.array).mean() < .1
+
+
+def test_slabs_do_not_show():
+    from fvae_nb.data import phantom
+    who = patient(0); tree = phantom._tree_of(who)
+    one, many = (phantom._clean(who, tree, (12, 40, 40), (5., 8., 8.), slab=s) for s in (10**9, 40*40*9))
+    assert np.array_equal(one[1], many[1]) and np.array_equal(one[2], many[2])
+    assert np.abs(one[0] - many[0]).mean() < .1                   # whole HU; smoothing reaches a little over the 14 mm margin
+
+
+def test_noise_is_unbiased_in_every_organ(fine):
+    noise = fine.ct.array - fine.clean.array
+    for name in ("liver", "heart", "aorta", *(f"{s} lung {l} lobe" for s, l in (("left", "upper"), ("left", "lower"), ("right", "upper"), ("right", "lower"))), "body"):
+        m = fine.mask.array == PHANTOM_IDS[name]
+        assert abs(noise[m].mean()) < .6, name                    # HU; acceptance: within 0.5 of 0 over the volume
+    assert abs(noise[fine.mask.array > 0].mean()) < .3
+    edges = np.hypot(*np.gradient(fine.clean.array, axis=(1, 2)))
+    body = fine.mask.array > 0
+    assert abs(np.corrcoef(noise[body], edges[body])[0, 1]) < .05 and abs(np.corrcoef(noise[body], fine.clean.array[body])[0, 1]) < .05    # no trace of the anatomy
+
+
+def power_in_sixths(noise, mask, n=20):
+    "Mean noise power in sixths of Nyquist, from windows inside an organ; white noise: the same in each"
+    from scipy.ndimage import uniform_filter
+    f, total = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.fftfreq(n)[None]) * 2, np.zeros((n, n))
+    for plane, inside in zip(noise, mask):
+        for r, c in np.argwhere(uniform_filter(inside.astype(np.float32), n) > .999)[::15]:
+            w = plane[r - n//2:r + n//2, c - n//2:c + n//2]
+            total += np.abs(np.fft.fft2((w - w.mean()) * np.outer(np.hanning(n), np.hanning(n))))**2
+    p = np.array([total[(f >= k/6) & (f < (k + 1)/6)].mean() for k in range(6)])
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("kind", ["fbp", "cheap"])
+def test_noise_has_the_colour_of_ct(kind, fine):
+    p = fine if kind == "fbp" else thorax_phantom((33, 128, 128), (6., 2.8, 2.8), seed=1, noise="cheap")
+    assert p.noise == kind
+    noise, lab = p.ct.array - p.clean.array, p.mask.array
+    share = power_in_sixths(noise, lab == 1)
+    white = power_in_sixths(np.random.default_rng(0).standard_normal(noise.shape), lab == 1)
+    assert share[0] < share[1] and share[5] < .25 * share[1] and share[1:4].sum() > .6     # the ramp takes the low end, the window the high
+    assert white[5] > .6 * white[1]
+    lag = np.mean([np.corrcoef(noise[:, :, 1:][lab[:, :, 1:] == 1], noise[:, :, :-1][lab[:, :, 1:] == 1])[0, 1],
+                   np.corrcoef(noise[:, 1:][lab[:, 1:] == 1], noise[:, :-1][lab[:, 1:] == 1])[0, 1]])    # streaks run sideways: about 0.70 and 0.54
+    along = np.corrcoef(noise[1:][lab[1:] == 1], noise[:-1][lab[1:] == 1])[0, 1]
+    assert .1 < lag < .65 and .1 < along < .35
+    ratio = noise[np.isin(lab, LUNGS)].std() / noise[lab == 1].std()
+    assert .5 < ratio < .85
+
+
+def test_projected_noise_streaks_where_rays_are_long(fine):
+    "Between the shoulders rays run sideways through bone: noise changes faster from front to back than from side to side"
+    noise = (fine.ct.array - fine.clean.array)[-7:, 40:90, 35:95]
+    across, down = (np.mean(np.diff(noise, axis=a)**2) for a in (2, 1))
+    assert down > 1.15 * across
+
+
+@pytest.mark.parametrize("shape, spacing", [((5, 32, 40), (4., 2.8, 2.8)), ((1, 8, 8), (2.5, 1., 1.)), ((3, 33, 21), (10., 9., 9.)), ((4, 24, 32), (1., 4., 6.)), ((3, 64, 64), (3., .5, .5)), ((7, 40, 40), (20., 20., 20.))])
+def test_any_shape_and_spacing(shape, spacing):
+    p = thorax_phantom(shape, spacing)
+    assert p.ct.shape == p.mask.shape == shape and p.ct.spacing == pytest.approx(spacing)
+    assert np.isfinite(p.ct.array).all() and p.ct.array.min() >= -1024 and p.ct.array.max() <= 3071
+    assert p.noise == ("fbp" if spacing[1] == spacing[2] else "cheap")
+    assert np.array_equal(p.ct.array, np.rint(p.ct.array))
+
+
+def test_large_pictures_take_the_named_substitute():
+    p = thorax_phantom((1, 260, 16), (2.5, 1.4, 1.4))
+    assert p.noise == "cheap" and (p.ct.array != p.clean.array).any()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (dict(shape=(65, 128)), "slices, rows, columns"), (dict(shape=(0, 128, 128)), "at least"), (dict(shape=(5, 32.5, 40)), "whole numbers"), (dict(shape="abc"), "shape 'abc'"),
+    (dict(spacing=(4, 2.8)), "three lengths"), (dict(spacing=(4, 2.8, -1)), "between 0.2 and 20"), (dict(spacing=(4, float("nan"), 2)), "spacing"), (dict(spacing=2.), "spacing 2.0"),
+    (dict(seed=-1), "seed -1"), (dict(seed=1.5), "whole number"), (dict(noise="white"), "'fbp' or 'cheap'"), (dict(noise=None), "noise None"), (dict(noise=1), "noise 1"),
+    (dict(photons=0), "photons 0"), (dict(contrast=2), "contrast 2"), (dict(noise="fbp", spacing=(4., 2., 3.)), "square pixels")])
+def test_bad_arguments_say_what_was_expected(arguments, says):
+    with pytest.raises(DataError) as error: thorax_phantom(**arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fields_do_not_depend_on_the_grid():
+    a, b = (smooth_field(0, "test", 30, np.arange(0, 60, h), np.arange(-60, 60, h), [0., 5.]) for h in (6., 2.))
+    assert np.allclose(a, b[::3, ::3], atol=1e-4)
+    c = smooth_field(0, "other", 30, np.arange(0, 60, 6.), np.arange(-60, 60, 6.), [0., 5.])
+    assert abs(np.corrcoef(a.ravel(), c.ravel())[0, 1]) < .6 and .5 < smooth_field(0, "t", 20, np.arange(-100, 200, 9.), np.arange(-100, 100, 9.), np.arange(-100, 100, 9.)).std() < 1.1
+
+
+def test_a_phantom_goes_through_a_file(tmp_path):
+    p = thorax_phantom((5, 32, 40))
+    back = read_ct(write_ct(p.ct, tmp_path / "p.nii.gz"))
+    assert np.array_equal(back.array, p.ct.array) and np.allclose(back.affine, p.ct.affine)
+
+
+def test_a_patient_is_a_few_numbers():
+    assert isinstance(patient(5), Patient) and patient(5) == patient(5) != patient(6)
