@@ -1,5 +1,5 @@
 "Headless Chromium for tests: opens a page, tells what it asked the network for and what it complained about."
-import json, shutil
+import json, shutil, time
 from contextlib import contextmanager
 import pytest
 
@@ -15,6 +15,13 @@ class Page:
     def keys(self, *keys):
         from selenium.webdriver.common.action_chains import ActionChains
         ActionChains(self.driver).send_keys(*keys).perform()
+    def wait(self, condition, seconds=30, what=""):
+        "Until `condition()` is true; what it returned"
+        end = time.monotonic() + seconds
+        while not (got := condition()):
+            if time.monotonic() > end: raise AssertionError(f"waited {seconds} s in vain {what}")
+            time.sleep(.1)
+        return got
     def screenshot(self, path): self.driver.save_screenshot(str(path)); return path
     def requests(self):
         "Addresses asked for that are not local files"
@@ -24,9 +31,13 @@ class Page:
     def errors(self): return [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
 
 
+def need_browser():
+    if not shutil.which("chromium") or not shutil.which("chromedriver"): pytest.skip("Chromium and chromedriver are not installed")
+
+
 @contextmanager
 def open_page(address, tmp_path, size=(1200, 1400)):
-    if not shutil.which("chromium") or not shutil.which("chromedriver"): pytest.skip("Chromium and chromedriver are not installed")
+    need_browser()
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions(); options.binary_location = shutil.which("chromium")

@@ -11,7 +11,7 @@ from ..running.cases import JobError, Run, Unit, check_ids, fingerprint
 from ..running.jobs import JobParams, do_units, place
 
 # %% auto #0
-__all__ = ['Params', 'models', 'cases', 'unchanged', 'run', 'show_run']
+__all__ = ['Params', 'models', 'cases', 'unchanged', 'run', 'keep_results', 'show_run']
 
 # %% ../../nbs/jobs/reconstruct.ipynb #0213abc0
 class Params(JobParams):
@@ -134,20 +134,42 @@ def _check(part):
     with gzip.open(part) as f:
         while f.read(1 << 22): pass
 
-# %% ../../nbs/jobs/reconstruct.ipynb #fa3897aa
+# %% ../../nbs/jobs/reconstruct.ipynb #7a14b5b1
+def keep_results(
+    folder:str|Path, # of a run
+    path:str|Path,   # a small JSON, nbs/results/NAME.json
+) -> Path:
+    "What the book shows of a run: figures, parameters, hashes of scans and weights, and a table in markdown"
+    from fvae_nb.running.cases import done, write_atomic
+    run = Run(folder)
+    sides = [s for u in run.units if (s := done(run, u)) and "psnr" in s["metrics"]]
+    rows = [dict(model=s["model"], case=s["case"], identity=s["identity"], seconds=s["seconds"], **{k: float(f"{s['metrics'][k]:.6g}") for k in ("psnr", "ssim", "mse", "psnr_slices", "ssim7")}) for s in sides]
+    models, ids = list(dict.fromkeys(r["model"] for r in rows)), list(dict.fromkeys(r["case"] for r in rows))
+    found = {(r["model"], r["case"]): r for r in rows}
+    lines = ["| VAE | " + " | ".join(f"{c}: PSNR, dB | SSIM | MSE" for c in ids) + " |", "|---" * (1 + 3*len(ids)) + "|"]
+    for m in models: lines.append(f"| `{m}` | " + " | ".join(f"{found[m, c]['psnr']:.2f} | {found[m, c]['ssim']:.3f} | {found[m, c]['mse']:.1f}" for c in ids) + " |")
+    kept = dict(params={k: v for k, v in run.params.items() if k != "cases"}, date=run.read("provenance.json")["created_at"][:10], rows=rows, markdown="\n".join(lines))
+    write_atomic(path, json.dumps(kept, indent=1).encode())
+    return Path(path)
+
+# %% ../../nbs/jobs/reconstruct.ipynb #7ffa3e47
 def show_run(
     folder:str|Path, # of a run
     limit:int=3,     # cases shown
 ):
-    "Real, reconstruction and error of the first cases, one row per VAE"
+    "Real, reconstruction and error of the first cases, one row per VAE, and a viewer to scroll through them"
+    from IPython.display import display
     from fvae_nb.data.ct import read_ct
     from fvae_nb.running.cases import done
+    from fvae_nb.show.page import viewer
     from fvae_nb.show.slices import show_pair
     run = Run(folder)
     shown = list(dict.fromkeys(u.case for u in run.units if done(run, u)))[:limit]
     for case in shown:
-        real = _read(run.sources[case])
+        real, backs = _read(run.sources[case]), {}
         for unit in run.units:
             if unit.case == case and (side := done(run, unit)):
-                back = real.with_array(read_ct(run.folder/side["payload"]).array)
-                show_pair(real, back, window="lung", title=f"{case}, {unit.model}: " + (f"{side['metrics']['psnr']:.2f} dB" if "psnr" in side["metrics"] else "random weights") + (" (SYNTHETIC)" if real.synthetic else ""))
+                backs[unit.model] = real.with_array(read_ct(run.folder/side["payload"]).array)
+                show_pair(real, backs[unit.model], window="lung", title=f"{case}, {unit.model}: " + (f"{side['metrics']['psnr']:.2f} dB" if "psnr" in side["metrics"] else "random weights") + (" (SYNTHETIC)" if real.synthetic else ""))
+        first = dict(list(backs.items())[-3:])                       # a viewer of more than four panels is no help
+        display(viewer({"real": real} | first, windows=("lung", "soft tissue", "bone", "vae"), max_size=160, every=max(1, real.shape[0]//48), title=case))

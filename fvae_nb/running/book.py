@@ -51,7 +51,7 @@ def export(base:Path|None=None) -> None:
         target = base/"fvae_nb"/"_data"/"jobs"/source.name
         target.parent.mkdir(parents=True, exist_ok=True); target.write_bytes(package_notebook(source))
 
-# %% ../../nbs/09_running/06_book.ipynb #2a40d1c4
+# %% ../../nbs/09_running/06_book.ipynb #63d3b9f1
 def render_readme(base:Path|None=None) -> str:
     "README.md from nbs/index.ipynb: markdown as it is, shown code fenced, text outputs below it"
     base = base or root()
@@ -60,9 +60,11 @@ def render_readme(base:Path|None=None) -> str:
         text = "".join(cell["source"])
         if re.match(r"#\|\s*hide", text): continue
         if cell["cell_type"] == "markdown": parts.append(text); continue
+        hidden = re.search(r"^#\|\s*echo:\s*false", text, re.M)
         text = re.sub(r"^#\|.*\n?", "", text, flags=re.M).strip()
-        if text: parts.append(f"```python\n{text}\n```")
+        if text and not hidden: parts.append(f"```python\n{text}\n```")
         for out in cell["outputs"]:
+            if "text/markdown" in out.get("data", {}): parts.append("".join(out["data"]["text/markdown"]).rstrip()); continue
             shown = out.get("text") or out.get("data", {}).get("text/plain")
             if shown: parts.append("```text\n" + "".join(shown).rstrip() + "\n```")
     return re.sub(r"\]\(img/", "](nbs/img/", "\n\n".join(parts)) + "\n"

@@ -94,7 +94,7 @@ def show_provenance(
     rows = [[k, v if not isinstance(v, (dict, list)) else ", ".join(f"{a} {b}" for a, b in v.items() if b) if isinstance(v, dict) else ", ".join(map(str, v)) or "none"] for k, v in facts.items()]
     display(HTML(html_table(["", ""], rows, "Provenance")))
 
-# %% ../../nbs/09_running/04_report.ipynb #97f04522
+# %% ../../nbs/09_running/04_report.ipynb #9493625f
 _STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums;font-size:.85rem}
 caption{text-align:left;font-weight:600;padding:.3rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;overflow-wrap:anywhere}img{max-width:100%;height:auto;background:#fff}.jp-InputArea,.input,.prompt,.jp-Cell-inputWrapper,.anchor-link{display:none}"""
 
@@ -128,7 +128,7 @@ def report_page(
     book,      # an executed notebook
     title:str, # of the page
 ) -> str: # HTML
-    "A notebook's outputs as one page: no script, no address outside the file"
+    "A notebook's outputs as one page: nothing is fetched from outside the file; the slice viewer keeps its script inside its own frame"
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(book)
