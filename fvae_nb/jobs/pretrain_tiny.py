@@ -70,7 +70,7 @@ def inputs(
         rows += [dict(kind="photo", file=f, path=str(folder/f), licence="CC BY 2.0", use="train", sha256=sha256_of(folder/f)) for f in ("china.jpg", "flower.jpg")]
     return rows
 
-# %% ../../nbs/jobs/pretrain_tiny.ipynb #299aa2ad
+# %% ../../nbs/jobs/pretrain_tiny.ipynb #dda00520
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder, with volumes/weights/tiny.safetensors
@@ -91,7 +91,7 @@ def run(
         stages = [(0., params.batch, params.frames, params.size), (params.late, params.late_batch, params.late_frames, params.late_size)]
         curve = pretrain(net.train().to(device), photos, clips, held, run.folder/"checkpoints", params.steps, stages, params.muon_lr, params.adam_lr, params.constant, params.ema, params.seed, params.bf16, params.every, _tell(params.steps))
         standardise(net, [natural_batch(photos, clips, 8, 17, 64, 54321, n).to(device) for n in range(16)])
-        facts = dict(steps=params.steps, seed=params.seed, start=sha256_of(params.start) if params.start else None, licence="Apache-2.0", gain=curve[-1]["gain"], params_sha256=run.params_sha256,
+        facts = dict(steps=params.steps, seed=params.seed, start=sha256_of(params.start) if params.start else None, licence="Apache-2.0", gain=curve[-1]["gain"], params_sha256=run.params_sha256, notebook_sha256=run.read("provenance.json")["notebook_sha256"],
                      data=[{k: r[k] for k in ("kind", "file", "licence", "sha256")} for r in files if r["use"] == "train"], never="no medical image")
         save_tiny(net.cpu(), part, facts)
         return {"gain": round(curve[-1]["gain"], 4), "loss": round(curve[-1]["loss"], 5), "steps": params.steps, "curve": curve}

@@ -184,7 +184,7 @@ def device(self:VAE) -> torch.device:
     "Where the weights are"
     return next((p.device for p in self.net.parameters()), torch.device("cpu")) if isinstance(self.net, torch.nn.Module) else torch.device("cpu")
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #218c90ac
+# %% ../../nbs/04_vaes/01_interface.ipynb #2573bb2a
 class WeightsError(FVAEError):
     "Weights are missing, damaged or of another network"
 
@@ -214,10 +214,14 @@ REGISTRY = {e.name: e for e in (
     Entry("dct", "fvae_nb.vaes.dct:dct", (), "Apache-2.0", "no weights", "linear control, 4x8x8 blocks, 16 coefficients"),
     Entry("taef2", "fvae_nb.vaes.taef2:load", ("taef2_encoder.safetensors", "taef2_decoder.safetensors"), "MIT",
           "convert taef2_encoder.pth and taef2_decoder.pth of github.com/madebyollin/taesd to safetensors and name their folder", "2D image VAE, FLUX.2 latents, slice by slice"),
+    *(Entry(name, "fvae_nb.vaes.leanvae:load", (f"LeanVAE-dim{c}.ckpt|LeanVAE-dim{c}.safetensors",), "MIT", f"take LeanVAE-dim{c}.ckpt of Yumic/LeanVAE on the Hugging Face hub",
+            f"causal video VAE on a wavelet, {c} channels; very little arithmetic", "Yumic/LeanVAE", (f"LeanVAE-dim{c}.ckpt",), False, (name,)) for name, c in (("leanvae", 16), ("leanvae-4", 4))),
     _diffusers("wan2.1", "Apache-2.0", "causal video VAE, the paper's main one", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", also=("Wan2.1_VAE.pth",)),
     _diffusers("wan2.2", "Apache-2.0", "causal video VAE, stride 16 in plane", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", also=("Wan2.2_VAE.pth",)),
     Entry("maisi", "fvae_nb.vaes.hub:load_maisi", ("autoencoder_v1.pt|models/autoencoder_v1.pt|autoencoder_epoch273.pt",), "NVIDIA Open Model",
           "take models/autoencoder_v1.pt of nvidia/NV-Generate-CT on the Hugging Face hub", "MONAI's CT and MR VAE: trained on CT, Table 1's reference row", "nvidia/NV-Generate-CT", ("models/autoencoder_v1.pt",)),
+    Entry("wfvae", "fvae_nb.vaes.wfvae:load", (_FETCH[1],), "Apache-2.0 (code)", f"take {_FETCH[0]} and {_FETCH[1]} of chestnutlzj/WF-VAE-L-16Chn on the Hugging Face hub",
+          "causal video VAE with wavelet shortcuts, a row of Table 1", "chestnutlzj/WF-VAE-L-16Chn", _FETCH),
     _diffusers("hunyuanvideo", "Tencent Hunyuan Community", "causal video VAE", "hunyuanvideo-community/HunyuanVideo"),
     _diffusers("cogvideox", "Apache-2.0", "causal video VAE", "THUDM/CogVideoX-2b"),
     _diffusers("ltx", "LTX-Video Open Weights", "video VAE of 8x32x32 blocks", "Lightricks/LTX-Video"),
