@@ -725,7 +725,7 @@ def test_paths_are_tied_to_where_they_were_typed(in_tmp):
 
 def test_presets_load_and_are_for_their_job():
     p = J.make_params("pretrain_tiny", ["photos=a/b"], ["full"])
-    assert (p.batch, p.late, p.muon_lr, p.steps, p.bf16, p.late_frames) == (8, .4, .006, 22000, True, 13)
+    assert (p.batch, p.late, p.muon_lr, p.steps, p.bf16, p.late_frames) == (8, .4, .006, 18000, True, 13)
     assert J.make_params("reconstruct", presets=["smoke"]).vae == ["tiny"]
     assert J.make_params("reconstruct", ["vae=dct"], ["smoke"]).vae == ["dct"]                  # -p wins
     for job in J.jobs_available():

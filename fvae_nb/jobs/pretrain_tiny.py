@@ -104,7 +104,7 @@ def _tell(steps):
     tell = announce(Path(os.environ["FVAE_ATTEMPT"])) if "FVAE_ATTEMPT" in os.environ else lambda **e: None
     return lambda steps, seconds, done, step, **facts: tell(event="step", n=step, total=steps, left=round(seconds / done * (steps - step)), **facts)
 
-# %% ../../nbs/jobs/pretrain_tiny.ipynb #fda4ed71
+# %% ../../nbs/jobs/pretrain_tiny.ipynb #33c28482
 def show_run(
     folder:str|Path, # of a run
 ):
@@ -125,7 +125,7 @@ def plot_curve(
     "The two curves of a training run"
     import matplotlib.pyplot as plt
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    a.plot([r["step"] for r in curve], [r["loss"] for r in curve], color="#0072b2", lw=1); a.set(xlabel="step", ylabel="error / control's error", title="Training loss: below 1 is better than the DCT")
+    a.plot([r["step"] for r in curve], [r["loss"] for r in curve], color="#0072b2", lw=1); a.set(xlabel="step", ylabel="error / control's error", title="Training loss: error relative to the control's")
     judged = [r for r in curve if "gain" in r]
     b.plot([r["step"] for r in judged], [r["gain"] for r in judged], "o-", ms=3, color="#d55e00"); b.axhline(0, color="k", lw=.5)
     b.set(xlabel="step", ylabel="dB over the causal control", title="Held-out natural clips (running mean of the weights)"); plt.show()

@@ -13,11 +13,11 @@ from ..running.jobs import JobParams, do_units, place
 # %% auto #0
 __all__ = ['Params', 'models', 'cases', 'unchanged', 'run', 'keep_results', 'show_run']
 
-# %% ../../nbs/jobs/reconstruct.ipynb #0213abc0
+# %% ../../nbs/jobs/reconstruct.ipynb #95dd5e4d
 class Params(JobParams):
     "Reconstruct scans with one or several VAEs"
     vae:list[str] = Field(["tiny", "dct"], min_length=1, description="VAEs by name; dct or dct-4x8x8-16-causal is the linear control")
-    cases:list[str] = Field(["thorax"], min_length=1, description="CT files (.nii, .nii.gz, .nrrd, .mha), DICOM folders, folders of either, a .jsonl manifest, 'sample' (the sample chest CT) or 'thorax' (drawn, SYNTHETIC)")
+    cases:list[str] = Field(["thorax"], min_length=1, description="CT files (.nii, .nii.gz, .nrrd, .mha), DICOM folders, folders of either, a .jsonl or .csv manifest, 'sample' (the sample chest CT) or 'thorax' (drawn, SYNTHETIC)")
     control:bool = Field(True, description="add, for each VAE, the linear control at its own latent budget")
     window:tuple[float, float] = Field((-1000., 1000.), description="HU that enter the VAE")
     chunk:int = Field(16, ge=1, description="slices per step: memory, not result")
@@ -35,20 +35,18 @@ class Params(JobParams):
         if not v[0] < v[1]: raise ValueError("expected (low, high) with low < high")
         return v
 
-# %% ../../nbs/jobs/reconstruct.ipynb #b99398ed
+# %% ../../nbs/jobs/reconstruct.ipynb #3be6818f
 def _files(item):
-    "(id, path, hu_mode) of one item of `cases`"
+    "(id, path, hu_mode) of one item of `cases`; a fourth value is (slope, intercept)"
     from fvae_nb.data.ct import case_name
     path = Path(item).expanduser()
     if item == "sample":
         from fvae_nb.data.samples import fetch_samples
         path = fetch_samples()/"chest_ct.nii.gz"
     elif item == "thorax": return [("ellipsoid_thorax", None, "hu")]
-    if path.suffix == ".jsonl":
-        if not path.is_file(): raise JobError(f"cases: {path}: no such manifest")
-        from fvae_nb.settings import settings
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [(r["id"], (settings().root_of(r["dataset"]) or path.parent)/r["ct"], r.get("hu_mode", "hu")) for r in rows]
+    if path.suffix.lower() in (".jsonl", ".csv"):
+        from fvae_nb.data.manifests import read_manifest, root_for
+        return [(c.id, root_for(c.dataset, path.parent)/c.ct, c.hu_mode, *([[c.rescale.slope, c.rescale.intercept]] if c.rescale else [])) for c in read_manifest(path)]
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.name.lower().endswith((".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")) and not p.name.startswith("."))
         if found: return [(case_name(p), p, "hu") for p in found]
@@ -73,15 +71,16 @@ def cases(
 ) -> tuple[list[dict], list[str]]: # cases for cases.json, and the models
     "The frozen list of work"
     found = [row for item in params.cases for row in _files(item)]
-    check_ids([id for id, _, _ in found])                               # before anything takes time
-    return [dict(id=id, path=str(Path(path).absolute()) if path is not None else None, hu_mode=mode) | fingerprint(path) for id, path, mode in found[:params.limit]], models(params)
+    check_ids([row[0] for row in found])                                # before anything takes time
+    return [dict(id=id, path=str(Path(path).absolute()) if path is not None else None, hu_mode=mode) | (dict(rescale=rescale[0]) if rescale else {}) | fingerprint(path)
+            for id, path, mode, *rescale in found[:params.limit]], models(params)
 
-# %% ../../nbs/jobs/reconstruct.ipynb #15001334
+# %% ../../nbs/jobs/reconstruct.ipynb #f227b029
 def _read(source):
     "The scan of a case"
     from fvae_nb.data.ct import read_ct
     from fvae_nb.data.samples import ellipsoid_thorax
-    return ellipsoid_thorax() if source["path"] is None else read_ct(source["path"], hu_mode=source["hu_mode"])
+    return ellipsoid_thorax() if source["path"] is None else read_ct(source["path"], source["hu_mode"], source.get("rescale"))
 
 def unchanged(
     source:dict, # a case of cases.json

@@ -9,9 +9,9 @@ import hashlib, json, os, re, sys, time
 
 # %% auto #0
 __all__ = ['root', 'notebooks', 'code_hash', 'package_notebook', 'export', 'render_readme', 'execute', 'chapters', 'clean',
-           'out_of_step', 'main']
+           'out_of_step', 'draw_readme_picture', 'main']
 
-# %% ../../nbs/09_running/06_book.ipynb #58a73f4a
+# %% ../../nbs/09_running/06_book.ipynb #7bfe4828
 def root() -> Path: # folder with pyproject.toml
     "The checkout this is run in"
     here = Path.cwd().resolve()
@@ -28,9 +28,11 @@ def notebooks(
 def code_hash(
     path:Path, # a notebook
 ) -> str: # sha256 of its code cells' text
-    "What an execution depends on inside the notebook"
+    "What an execution depends on: the code, and the embedded weights where the code speaks of tiny"
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256("\n\0\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").encode()).hexdigest()
+    text = "\n\0\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").encode()
+    weights = next((p/"fvae_nb"/"_data"/"weights"/"tiny.safetensors" for p in Path(path).resolve().parents if (p/"fvae_nb").is_dir()), None)
+    return hashlib.sha256(text + (hashlib.sha256(weights.read_bytes()).digest() if b"tiny" in text and weights and weights.is_file() else b"")).hexdigest()
 
 # %% ../../nbs/09_running/06_book.ipynb #e6261d47
 def package_notebook(
@@ -51,7 +53,7 @@ def export(base:Path|None=None) -> None:
         target = base/"fvae_nb"/"_data"/"jobs"/source.name
         target.parent.mkdir(parents=True, exist_ok=True); target.write_bytes(package_notebook(source))
 
-# %% ../../nbs/09_running/06_book.ipynb #63d3b9f1
+# %% ../../nbs/09_running/06_book.ipynb #da8680c9
 def render_readme(base:Path|None=None) -> str:
     "README.md from nbs/index.ipynb: markdown as it is, shown code fenced, text outputs below it"
     base = base or root()
@@ -67,7 +69,7 @@ def render_readme(base:Path|None=None) -> str:
             if "text/markdown" in out.get("data", {}): parts.append("".join(out["data"]["text/markdown"]).rstrip()); continue
             shown = out.get("text") or out.get("data", {}).get("text/plain")
             if shown: parts.append("```text\n" + "".join(shown).rstrip() + "\n```")
-    return re.sub(r"\]\(img/", "](nbs/img/", "\n\n".join(parts)) + "\n"
+    return re.sub(r"\]\((?=(?:img|results|jobs|\d\d_)[^)]*\))", "](nbs/", "\n\n".join(parts)) + "\n"   # links are relative to nbs/
 
 # %% ../../nbs/09_running/06_book.ipynb #36b463c4
 def execute(
@@ -129,7 +131,7 @@ def clean(
                 if isinstance(value, str) and kind.startswith("text/"): out["data"][kind] = re.sub(r" at 0x[0-9a-f]+", "", value).splitlines(keepends=True)
     return (json.dumps(book, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
-# %% ../../nbs/09_running/06_book.ipynb #916798e0
+# %% ../../nbs/09_running/06_book.ipynb #4d4b4f17
 def out_of_step(base:Path|None=None) -> list[str]: # one line per thing to do
     "Chapters whose outputs are not those of their code, README, packaged notebooks"
     base = base or root()
@@ -141,17 +143,35 @@ def out_of_step(base:Path|None=None) -> list[str]: # one line per thing to do
         if not target.exists() or target.read_bytes() != package_notebook(source): said.append(f"{target.relative_to(base)}: differs from its notebook; run make export")
     return said
 
+def draw_readme_picture(base:Path|None=None) -> Path: # nbs/img/readme.png
+    "The README's picture: the sample chest CT, what tiny makes of it, the difference"
+    import matplotlib; matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from fvae_nb.data.prepare import crop
+    from fvae_nb.data.samples import sample_chest
+    from fvae_nb.metrics.image import psnr
+    from fvae_nb.reconstruction.operator import reconstruct
+    from fvae_nb.show.slices import show_pair
+    from fvae_nb.vaes.interface import load_vae
+    ct = crop(sample_chest(), slices=slice(50, 91), rows=slice(70, 440), columns=slice(30, 480))
+    back, path = reconstruct(ct, load_vae("tiny")), (base or root())/"nbs"/"img"/"readme.png"
+    plt.show = lambda: plt.gcf().savefig(path, dpi=110)
+    show_pair(ct, back, 22, "lung", f"A chest CT through a VAE that has only seen photographs and films: {psnr(ct.array, back.array):.1f} dB", box=(175, 70, 90))
+    return path
+
+# %% ../../nbs/09_running/06_book.ipynb #8be0135f
 def main(argv:list[str]|None=None) -> int:
-    "python -m fvae_nb.running.book export | execute [NAME ...] | readme | check"
+    "python -m fvae_nb.running.book export | execute [NAME ...] | readme | picture | check"
     words = list(sys.argv[1:] if argv is None else argv)
     what, names = (words or ["check"])[0], words[1:]
     if what == "export": export()
     elif what == "execute": execute(names)
     elif what == "readme": (root()/"README.md").write_text(render_readme(), encoding="utf-8")
+    elif what == "picture": print(draw_readme_picture())
     elif what == "check":
         for line in (said := out_of_step()): print(line)
         return 1 if said else 0
-    else: print(f"unknown word {what!r}: expected export, execute, readme or check"); return 2
+    else: print(f"unknown word {what!r}: expected export, execute, readme, picture or check"); return 2
     return 0
 
 if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "fvae_nb.running.book": sys.exit(main())   # python -m, not a notebook

