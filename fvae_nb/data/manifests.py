@@ -116,7 +116,7 @@ class Case(_Row):
         "A checked copy with other values"
         return Case.model_validate(self.row() | changes)
 
-# %% ../../nbs/01_data/07_manifests.ipynb #f14fc6cc
+# %% ../../nbs/01_data/07_manifests.ipynb #21bfaddb
 def _told(error):
     "A pydantic error on one line"
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg'].removeprefix('Value error, ')}" + ("" if e["type"] in ("missing", "value_error", "extra_forbidden") else f" (got {e['input']!r})") for e in error.errors())
@@ -150,6 +150,7 @@ def _lines(path):
     if path.suffix.lower() == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as f:
             reader = csv.DictReader(f)
+            if missing := [k for k in ("id", "ct", "split") if k not in (reader.fieldnames or ())]: raise DataError(f"{path}: no column {', '.join(missing)}; is this a manifest?")
             for cells in reader: yield reader.line_num, lambda cells=cells: json.dumps(_nested(cells))
     else:
         for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):   # not splitlines: a report may hold other line ends
@@ -399,7 +400,7 @@ def require_clean(
     if found := audit(cases, **options): raise DataError(f"{len(found)} problem{'s' if len(found) > 1 else ''} in {len(cases)} cases: " + " | ".join(found[:20]) + (f" | and {len(found) - 20} more" if len(found) > 20 else ""))
     return cases
 
-# %% ../../nbs/01_data/07_manifests.ipynb #279c18ae
+# %% ../../nbs/01_data/07_manifests.ipynb #ba77a938
 def _fraction(patient, seed): return int(hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()[:13], 16)/16**13
 
 def assign(
@@ -417,6 +418,17 @@ def _goal(split, scale):
     "Cases that Table 6 asks for: total, normal, then the 18 columns"
     t = TABLE6[split]
     return np.round(scale*np.array([t["total"], t["normal"], *(t["counts"][c] for c in COLUMNS)])).astype(int)
+
+def _shared_goals(scale, have):
+    "Goals of the three disjoint splits; a finding too rare for all of them is shared in proportion, and training gets at least one"
+    goals = {s: _goal(s, scale) for s in ("gen_test", "down_test", "gen_train")}     # the small ones first: they need the rare findings
+    need = sum(goals.values())
+    for i in range(2, 20):
+        if need[i] > have[i]:
+            keep = max(1, round(int(goals["gen_train"][i])*have[i]/need[i])) if goals["gen_train"][i] and have[i] else 0
+            for s in ("gen_test", "down_test"): goals[s][i] = round(int(goals[s][i])*(have[i] - keep)/max(1, need[i] - goals["gen_train"][i]))
+            goals["gen_train"][i] = keep
+    return goals
 
 def _content(rows):
     "What a patient brings: cases, normal cases, cases per column"
@@ -436,7 +448,7 @@ def _take(units, goal, seed, window=40):
         if u not in taken and got[0] + units[u][0] <= goal[0] and not units[u][1]: taken[u] = True; got = got + units[u]
     return list(taken)
 
-# %% ../../nbs/01_data/07_manifests.ipynb #49373e21
+# %% ../../nbs/01_data/07_manifests.ipynb #a13fbe00
 def paper_split(
     cases:Sequence[Case], # labelled rows, one reconstruction a scan
     seed:int=0,           # order of the patients
@@ -447,8 +459,8 @@ def paper_split(
     scale = min(1, len(cases)/sum(TABLE6[s]["total"] for s in ("gen_train", "gen_test", "down_test")))
     people, out = _groups(cases, lambda c: c.patient), {}
     units = {p: _content(rows) for p, rows in people.items()}
-    for split in ("gen_test", "down_test", "gen_train"):    # the small ones first: they need the rare findings
-        names = _take(units, _goal(split, scale), seed)
+    for split, goal in _shared_goals(scale, sum(units.values())).items():
+        names = _take(units, goal, seed)
         out[split] = [c.having(split=split) for p in names for c in people[p]]
         for p in names: del units[p]
     single = {c.id: c for c in out["gen_train"]}
@@ -508,7 +520,7 @@ def monai_datalist(
         out[key(c.split)].append(item)
     return out
 
-# %% ../../nbs/01_data/07_manifests.ipynb #bd127bd1
+# %% ../../nbs/01_data/07_manifests.ipynb #b92bb7d8
 @dataclass
 class Built:
     "What a builder found"
@@ -537,6 +549,7 @@ def build_msd(
 ) -> Built: # paths relative to root
     "Medical Segmentation Decathlon, tasks 6 and 7: labelled cases as train with a fold, the others as heldout (their labels are not public)"
     root = Path(root); facts = _json(root/"dataset.json")
+    if lacks := [k for k in ("training", "labels") if k not in facts]: raise DataError(f"{root}/dataset.json: no {' and no '.join(lacks)}; is this a task of the Medical Segmentation Decathlon?")
     dataset = next((k for k, (_, word) in _MSD.items() if word in str(facts.get("name", "")).lower() or word in root.name.lower()), None)
     if dataset is None: raise DataError(f"{root}/dataset.json: name {facts.get('name')!r}; expected Lung (Task06) or Pancreas (Task07)")
     tidy = lambda p: p.removeprefix("./")
@@ -614,7 +627,7 @@ def _ct_rate_case(file, version, split, meta, report, labels):
     return Case(id=id, patient=patient, dataset="ct_rate", split=split, ct=file.as_posix(), spacing=spacing, report=_report(report) if report else None, findings=_labels(labels) if labels else None,
                 licence="CC BY-NC-SA 4.0", source=f"CT-RATE {'v2 (fixed)' if version == 'fixed' else 'v1'}; labels predicted by a text classifier", **raw)
 
-# %% ../../nbs/01_data/07_manifests.ipynb #378869a3
+# %% ../../nbs/01_data/07_manifests.ipynb #ef5905ed
 def build_rexgroundingct(
     root:str|Path,         # holds segmentations/ and the CTs
     entries:str|Path|None=None, # its JSON; None: root/dataset.json
@@ -623,6 +636,7 @@ def build_rexgroundingct(
 ) -> Built: # paths relative to root
     "ReXGroundingCT: a scan with one mask channel and sentence per finding. Its published split has patients on both sides: split again"
     root = Path(root); facts = _json(entries or root/"dataset.json")
+    if not isinstance(facts, dict): raise DataError(f"{entries or root/'dataset.json'}: expected an object with the lists train, val and test")
     known, cases, left, names = {c.id: c for c in like}, [], [], set()
     for part in ("train", "val", "test"):
         for entry in facts.get(part, ()):
@@ -645,7 +659,7 @@ def build_rexgroundingct(
 def _rex_masks(entry, path):
     "Channel k of the file is finding k; categories that never carry masks are passed over"
     out, pixels = [], entry.get("pixels") or {}
-    for k, text in sorted(entry["findings"].items(), key=lambda kv: int(kv[0])):
+    for k, text in sorted((entry.get("findings") or {}).items(), key=lambda kv: int(kv[0])):
         code = (entry.get("categories") or {}).get(k)
         voxels = pixels.get(k) if isinstance(pixels, dict) else None
         if code not in REX: continue
@@ -673,7 +687,7 @@ def read_release(
         cases.append(Case(id=id, patient=patient, dataset="ct_rate", split=split, ct=ct, hu_mode="hu", masks=Masks(organ=organ, source_map="table7" if organ else None, disease=masks or None), report=report, licence="CC BY-NC-SA 4.0", source="authors' release of the paper, on CT-RATE v2 (fixed)"))
     return cases
 
-# %% ../../nbs/01_data/07_manifests.ipynb #3ba02a3c
+# %% ../../nbs/01_data/07_manifests.ipynb #bb200f4a
 _ENDS = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 
 @dataclass
@@ -722,7 +736,7 @@ def _check_mask_file(path, ct, source):
     try: m = read_mask(path)
     except DataError as error: return Checked(path, "mask", "", [str(error).removeprefix(f"{path}: ")])
     ids = np.unique(m.array[m.array > 0]); scan = read_ct(ct) if ct else None
-    problems = check_mask(m, scan, source, disease=True)
+    problems = check_mask(path, scan, source, disease=True)
     return Checked(path, "mask", f"{len(ids)} id{'s'*(len(ids) != 1)}" + (f" ({', '.join(map(str, ids[:8]))}{' ...' if len(ids) > 8 else ''})" if len(ids) else "") + (f", on the grid of {ct.name}" if ct and not any("other grid" in x for x in problems) else ""), problems)
 
 def _check_manifest(path, files, chest):
@@ -749,6 +763,11 @@ def _check_files(case, root, chest):
     if case.shape and list(case.shape) != list(ct.stored.shape if ct.stored else ct.shape): out.append(f"shape {list(ct.stored.shape) if ct.stored else list(ct.shape)} in the file, {case.shape} in the row")
     return [f"{case.id}: {p}" for p in out]
 
+def _is_table(path):
+    "A CSV that is a manifest, not one of a dataset's other tables"
+    if path.suffix.lower() != ".csv": return False
+    with open(path, encoding="utf-8-sig", errors="replace") as f: return {"id", "ct", "split"} <= set(f.readline().strip().split(","))
+
 def check_paths(
     paths:Iterable[str|Path], # files, and folders of them
     **options,                # of check_path
@@ -756,6 +775,6 @@ def check_paths(
     "Check files and what lies in folders"
     out = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith((*_ENDS, ".jsonl", ".csv")) and not p.name.startswith(".")) if path.is_dir() else []
+        inside = sorted(p for p in path.rglob("*") if not p.name.startswith(".") and (p.name.lower().endswith((*_ENDS, ".jsonl")) or _is_table(p))) if path.is_dir() else []
         out += [check_path(p, **options) for p in inside or [path]]
     return out
