@@ -19,6 +19,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fvae_nb.data.ct._read_dicom': ('01_data/ct.html#_read_dicom', 'fvae_nb/data/ct.py'),
                                  'fvae_nb.data.ct._read_itk': ('01_data/ct.html#_read_itk', 'fvae_nb/data/ct.py'),
                                  'fvae_nb.data.ct._read_nifti': ('01_data/ct.html#_read_nifti', 'fvae_nb/data/ct.py'),
+                                 'fvae_nb.data.ct._says_synthetic': ('01_data/ct.html#_says_synthetic', 'fvae_nb/data/ct.py'),
                                  'fvae_nb.data.ct._stack_dicom': ('01_data/ct.html#_stack_dicom', 'fvae_nb/data/ct.py'),
                                  'fvae_nb.data.ct._to_hu': ('01_data/ct.html#_to_hu', 'fvae_nb/data/ct.py'),
                                  'fvae_nb.data.ct._write_itk': ('01_data/ct.html#_write_itk', 'fvae_nb/data/ct.py'),
@@ -911,4 +912,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fvae_nb.vaes.wfvae.random_copy': ('04_vaes/wfvae.html#random_copy', 'fvae_nb/vaes/wfvae.py'),
                                     'fvae_nb.vaes.wfvae.random_wfvae': ('04_vaes/wfvae.html#random_wfvae', 'fvae_nb/vaes/wfvae.py'),
                                     'fvae_nb.vaes.wfvae.released_state': ('04_vaes/wfvae.html#released_state', 'fvae_nb/vaes/wfvae.py'),
-                                    'fvae_nb.vaes.wfvae.wrap_wfvae': ('04_vaes/wfvae.html#wrap_wfvae', 'fvae_nb/vaes/wfvae.py')}}}
+                                    'fvae_nb.vaes.wfvae.wrap_wfvae': ('04_vaes/wfvae.html#wrap_wfvae', 'fvae_nb/vaes/wfvae.py')},
+            'fvae_nb.vaes.zoo': { 'fvae_nb.vaes.zoo.flop_per_voxel': ('04_vaes/zoo.html#flop_per_voxel', 'fvae_nb/vaes/zoo.py'),
+                                  'fvae_nb.vaes.zoo.full_size': ('04_vaes/zoo.html#full_size', 'fvae_nb/vaes/zoo.py')}}}

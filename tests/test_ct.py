@@ -44,6 +44,9 @@ def test_a_point_stays_where_it_is(tmp_path):
 
 def test_made_volumes_say_synthetic(tmp_path):
     path = write_ct(ct_volume(GOOD.astype(np.float32), (2, 1, 1), "made", synthetic=True), tmp_path / "a.nii.gz")
+    assert read_ct(path).synthetic and not read_ct(save(tmp_path / "real.nii.gz")).synthetic
+    again = write_ct(read_ct(path), tmp_path / "b.nii.gz")
+    assert b"SYNTHETIC" in bytes(nib.load(again).header["descrip"])
     header = nib.load(path).header
     assert b"SYNTHETIC" in bytes(header["descrip"]) and b"Not for clinical use" in bytes(header["descrip"])
 

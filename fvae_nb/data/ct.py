@@ -211,7 +211,7 @@ def _to_hu(path, array, hu_mode, rescale):
         return (array.astype(np.float32) / np.float32(1 if array.max() <= 1 else 255)) * (hi - lo) + lo
     return array.astype(np.float32)
 
-# %% ../../nbs/01_data/01_ct.ipynb #c860b703
+# %% ../../nbs/01_data/01_ct.ipynb #742a60b6
 def _ours(array, affine, codes, name):
     "Reorder the file's axes to slice, row, column without touching a value"
     import nibabel as nib
@@ -227,6 +227,13 @@ def case_name(
     for end in (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"):
         if name.lower().endswith(end): return name[:-len(end)]
     return name
+
+def _says_synthetic(path):
+    "A made volume says so in its name or header, and goes on saying so"
+    if case_name(path).endswith("_SYNTHETIC"): return True
+    if path.is_dir() or not path.name.lower().endswith((".nii", ".nii.gz")): return False
+    import nibabel as nib
+    return b"SYNTHETIC" in bytes(nib.load(path).header["descrip"])
 
 def _read_any(path:Path):
     "Array, affine, form codes of whatever the path is"
@@ -246,7 +253,7 @@ def read_ct(
     _check_values(path, array, "dicom" if path.is_dir() else hu_mode)    # DICOM says its own slope and intercept
     ct = _ours(_to_hu(path, array, hu_mode, rescale), affine, codes, case_name(path))
     if ct.shape[0] == 1: raise DataError(f"{path}: a single slice; expected a volume")
-    return ct
+    return replace(ct, synthetic=_says_synthetic(path))
 
 def read_mask(
     path:str|Path,       # .nii, .nii.gz, .nrrd or .mha with integer labels

@@ -116,7 +116,7 @@ class Case(_Row):
         "A checked copy with other values"
         return Case.model_validate(self.row() | changes)
 
-# %% ../../nbs/01_data/07_manifests.ipynb #21bfaddb
+# %% ../../nbs/01_data/07_manifests.ipynb #9773aae0
 def _told(error):
     "A pydantic error on one line"
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg'].removeprefix('Value error, ')}" + ("" if e["type"] in ("missing", "value_error", "extra_forbidden") else f" (got {e['input']!r})") for e in error.errors())
@@ -124,6 +124,7 @@ def _told(error):
 _TEXT = {"id", "patient", "dataset", "split", "ct", "hu_mode", "licence", "source", "axcodes", "notes", "masks.organ", "masks.body", "masks.tumor", "masks.source_map",
          "report.findings", "report.impression", "report.clean", "report.language"}      # everything else in a CSV is JSON
 
+# %% ../../nbs/01_data/07_manifests.ipynb #0f49ab0d
 def _flat(row):
     "{dotted name: cell} of a row"
     out = {}
@@ -156,6 +157,7 @@ def _lines(path):
         for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):   # not splitlines: a report may hold other line ends
             if line.strip(): yield n, lambda line=line: line
 
+# %% ../../nbs/01_data/07_manifests.ipynb #29bf5d02
 def read_manifest(
     path:str|Path, # .jsonl or .csv
 ) -> list[Case]:
@@ -323,7 +325,7 @@ def hu_problems(
     if chest and lung < .5: problems.append(f"lung volume {lung:.2f} l, expected 0.5 or more; is this a chest?")
     return problems
 
-# %% ../../nbs/01_data/07_manifests.ipynb #c4d54e9f
+# %% ../../nbs/01_data/07_manifests.ipynb #58c7bee8
 _MAY_SHARE = {frozenset(("gen_train", "down_train"))}   # the paper draws its 500 downstream cases from the generator's training set (appendix D)
 
 def ct_rate_name(
@@ -358,6 +360,7 @@ def _unknown_findings(cases):
     known = {*COLUMNS, *(x.name for x in REX.values())}
     return [f"{c.id}: a mask of {d.finding!r}, which is neither a column of CT-RATE nor a category of ReXGroundingCT" for c in cases if c.masks for d in c.masks.disease or () if d.finding not in known]
 
+# %% ../../nbs/01_data/07_manifests.ipynb #84e227d4
 def _same_scan(cases):
     "CT-RATE: reconstructions of one scan, and a patient key that is not the patient's"
     out, scans = [], defaultdict(set)
@@ -392,6 +395,7 @@ def _absent(cases, root_of):
             if not (root_of(c.dataset)/f).exists(): out.append(f"{c.id}: no such file {root_of(c.dataset)/f}")
     return out
 
+# %% ../../nbs/01_data/07_manifests.ipynb #b3bbefd1
 def require_clean(
     cases:Sequence[Case], # rows
     **options,            # of audit
@@ -400,7 +404,7 @@ def require_clean(
     if found := audit(cases, **options): raise DataError(f"{len(found)} problem{'s' if len(found) > 1 else ''} in {len(cases)} cases: " + " | ".join(found[:20]) + (f" | and {len(found) - 20} more" if len(found) > 20 else ""))
     return cases
 
-# %% ../../nbs/01_data/07_manifests.ipynb #ba77a938
+# %% ../../nbs/01_data/07_manifests.ipynb #42b010f6
 def _fraction(patient, seed): return int(hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()[:13], 16)/16**13
 
 def assign(
@@ -414,6 +418,7 @@ def assign(
     pick = lambda c: names[min(int(np.searchsorted(edges, _fraction(c.patient, seed), "right")), len(names) - 1)]
     return [c.having(split=pick(c)) for c in cases]
 
+# %% ../../nbs/01_data/07_manifests.ipynb #77d140f1
 def _goal(split, scale):
     "Cases that Table 6 asks for: total, normal, then the 18 columns"
     t = TABLE6[split]
@@ -566,7 +571,7 @@ def build_msd(
     absent = {c.id for c in cases if not (root/c.ct).is_file() or c.masks and not (root/c.masks.tumor).is_file()}
     return Built([c for c in cases if c.id not in absent], [f"{i}: named in dataset.json, file not there" for i in sorted(absent)])
 
-# %% ../../nbs/01_data/07_manifests.ipynb #709e1a53
+# %% ../../nbs/01_data/07_manifests.ipynb #afc7b32c
 _CT_RATE = {"train": ("train", "train"), "valid": ("validation", "valid")}     # split -> prefix of metadata and reports, of labels
 
 def _spacing(row):
@@ -587,6 +592,7 @@ def _report(row):
     f, i = ("" if clean_report(row[c]) == "" else row[c].strip() for c in ("Findings_EN", "Impressions_EN"))
     return Report(findings=f or None, impression=i or None, clean=clean_report(f, i) or None, language="en") if f or i else None
 
+# %% ../../nbs/01_data/07_manifests.ipynb #8cb85a2e
 def build_ct_rate(
     root:str|Path,           # the folder that holds dataset/
     version:str="fixed",     # fixed (v2: HU in the file) or v1 (raw: slope and intercept from the metadata)
@@ -616,6 +622,7 @@ def build_ct_rate(
     if not cases: raise DataError(f"{root}: no volumes of CT-RATE ({version}); expected dataset/{'train_fixed' if version == 'fixed' else 'train'}/train_1/train_1_a/train_1_a_1.nii.gz" + (f"; left out: {left[0]}" if left else ""))
     return Built(cases, left)
 
+# %% ../../nbs/01_data/07_manifests.ipynb #47b46678
 def _ct_rate_case(file, version, split, meta, report, labels):
     "One volume; ValueError says why it cannot be used"
     id = case_name(file); patient, scan, _ = ct_rate_name(id)
@@ -687,7 +694,7 @@ def read_release(
         cases.append(Case(id=id, patient=patient, dataset="ct_rate", split=split, ct=ct, hu_mode="hu", masks=Masks(organ=organ, source_map="table7" if organ else None, disease=masks or None), report=report, licence="CC BY-NC-SA 4.0", source="authors' release of the paper, on CT-RATE v2 (fixed)"))
     return cases
 
-# %% ../../nbs/01_data/07_manifests.ipynb #bb200f4a
+# %% ../../nbs/01_data/07_manifests.ipynb #c2fd4d61
 _ENDS = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 
 @dataclass
@@ -712,6 +719,7 @@ def _is_mask(path):
     except DataError as error: return bool(re.search(r"(seg|mask|organ|gtv|label)s?$", case_name(path).lower())) and "fractions" in str(error)
     return a.min() >= 0 and a.max() <= 262
 
+# %% ../../nbs/01_data/07_manifests.ipynb #b552507d
 def check_path(
     path:str|Path,         # a scan, a mask, a manifest, a DICOM folder
     ct:str|Path|None=None, # the scan of a mask; None: looked for beside it
@@ -730,6 +738,7 @@ def check_path(
         return Checked(path, "scan", f"{scan.shape[0]} slices of {scan.shape[1]}x{scan.shape[2]}, {' x '.join(f'{s:.3g}' for s in scan.spacing)} mm, {scan.array.min():g} to {scan.array.max():g} HU", hu_problems(scan, chest))
     except DataError as error: return Checked(path, "unknown", "", [str(error).removeprefix(f"{path}: ")])
 
+# %% ../../nbs/01_data/07_manifests.ipynb #2cdbc57d
 def _check_mask_file(path, ct, source):
     "A mask, against its scan where there is one"
     from fvae_nb.data.labels import check_mask
@@ -763,6 +772,7 @@ def _check_files(case, root, chest):
     if case.shape and list(case.shape) != list(ct.stored.shape if ct.stored else ct.shape): out.append(f"shape {list(ct.stored.shape) if ct.stored else list(ct.shape)} in the file, {case.shape} in the row")
     return [f"{case.id}: {p}" for p in out]
 
+# %% ../../nbs/01_data/07_manifests.ipynb #22aee917
 def _is_table(path):
     "A CSV that is a manifest, not one of a dataset's other tables"
     if path.suffix.lower() != ".csv": return False
