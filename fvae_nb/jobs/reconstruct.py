@@ -13,7 +13,7 @@ from ..running.jobs import JobParams, do_units, place
 # %% auto #0
 __all__ = ['Params', 'models', 'cases', 'unchanged', 'run', 'keep_results', 'show_run']
 
-# %% ../../nbs/jobs/reconstruct.ipynb #95dd5e4d
+# %% ../../nbs/jobs/reconstruct.ipynb #6f749a1b
 class Params(JobParams):
     "Reconstruct scans with one or several VAEs"
     vae:list[str] = Field(["tiny", "dct"], min_length=1, description="VAEs by name; dct or dct-4x8x8-16-causal is the linear control")
@@ -22,6 +22,7 @@ class Params(JobParams):
     window:tuple[float, float] = Field((-1000., 1000.), description="HU that enter the VAE")
     chunk:int = Field(16, ge=1, description="slices per step: memory, not result")
     protocol:str = Field("exact", pattern="^(exact|paper)$", description="exact: whole scan, streamed; paper: the released scripts to the letter")
+    table:str = Field("", pattern="^(lung|pancreas|)$", description="print the paper's Table 1 beside: lung or pancreas")
     device:str = Field("auto", description="auto, cpu, cuda, cuda:N")
     limit:int|None = Field(None, ge=1, description="only the first so many cases")
 
@@ -35,7 +36,7 @@ class Params(JobParams):
         if not v[0] < v[1]: raise ValueError("expected (low, high) with low < high")
         return v
 
-# %% ../../nbs/jobs/reconstruct.ipynb #3be6818f
+# %% ../../nbs/jobs/reconstruct.ipynb #d0b647de
 def _files(item):
     "(id, path, hu_mode) of one item of `cases`; a fourth value is (slope, intercept)"
     from fvae_nb.data.ct import case_name
@@ -44,6 +45,11 @@ def _files(item):
         from fvae_nb.data.samples import fetch_samples
         path = fetch_samples()/"chest_ct.nii.gz"
     elif item == "thorax": return [("ellipsoid_thorax", None, "hu")]
+    elif item in ("msd_task06_lung", "msd_task07_pancreas"):
+        from fvae_nb.settings import settings
+        root = settings().root_of(item)
+        if root is None or not (root/"imagesTr").is_dir(): raise JobError(f"cases: {item} needs the folder that holds its imagesTr: set data_root.{item} in settings.ini" + (f" ({root} has none)" if root else ""))
+        path = root/"imagesTr"
     if path.suffix.lower() in (".jsonl", ".csv"):
         from fvae_nb.data.manifests import read_manifest, root_for
         return [(c.id, root_for(c.dataset, path.parent)/c.ct, c.hu_mode, *([[c.rescale.slope, c.rescale.intercept]] if c.rescale else [])) for c in read_manifest(path)]
@@ -151,7 +157,20 @@ def keep_results(
     write_atomic(path, json.dumps(kept, indent=1).encode())
     return Path(path)
 
-# %% ../../nbs/jobs/reconstruct.ipynb #7ffa3e47
+# %% ../../nbs/jobs/reconstruct.ipynb #6117fe9a
+def _beside_the_paper(run):
+    "Our means beside the figures printed in Table 1, with what is odd about them"
+    from IPython.display import HTML, display
+    from fvae_nb.running.report import html_table, read_sidecars, summarise
+    from fvae_nb.vaes.zoo import TABLE1
+    which, means = 0 if run.params["table"] == "lung" else 1, summarise(read_sidecars(run))
+    text = lambda m, k: f"{m[k]['mean']:.2f} ± {m[k]['sd']:.2f}" if k in m and m[k]["mean"] is not None else "random weights" if m else ""
+    rows = [[name, *(text(means.get(name, {}), k) for k in ("psnr_slices", "psnr", "ssim7", "ssim", "mse")), *(f"{v:.2f}" for v in paper[which])] for name, paper in TABLE1.items()]
+    rows += [[name, *(text(m, k) for k in ("psnr_slices", "psnr", "ssim7", "ssim", "mse")), "", "", ""] for name, m in means.items() if name not in TABLE1]
+    display(HTML(html_table(["VAE", "PSNR, mean of slices", "PSNR, volume", "SSIM 7x7", "SSIM 11x11", "MSE", "paper: PSNR", "paper: SSIM", "paper: MSE"], rows,
+        f"Table 1, {run.params['table']}. The paper does not say whether PSNR is taken per slice or per volume, nor which SSIM; both are shown. Its lung rows of WAN2.1 and WAN2.2 agree in all six figures, so one is probably a copy; MedVAE's collapse may be a matter of its loader's turning and cropping")))
+
+# %% ../../nbs/jobs/reconstruct.ipynb #312bd173
 def show_run(
     folder:str|Path, # of a run
     limit:int=3,     # cases shown
@@ -163,6 +182,7 @@ def show_run(
     from fvae_nb.show.page import viewer
     from fvae_nb.show.slices import show_pair
     run = Run(folder)
+    if run.params.get("table"): _beside_the_paper(run)
     shown = list(dict.fromkeys(u.case for u in run.units if done(run, u)))[:limit]
     for case in shown:
         real, backs = _read(run.sources[case]), {}

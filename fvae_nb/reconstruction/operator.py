@@ -9,7 +9,7 @@ import numpy as np
 from ..data.ct import CTVolume, DataError, WINDOW, from_video, to_video, unwindow_ct, window_ct
 
 # %% auto #0
-__all__ = ['PAPER_WINDOW', 'window_starts', 'reconstruct']
+__all__ = ['PAPER', 'window_starts', 'reconstruct']
 
 # %% ../../nbs/05_reconstruction/01_operator.ipynb #a7f679a5
 def _stream(ct, vae, window, chunk, progress):
@@ -50,8 +50,9 @@ def _windows(ct, vae, window, size, overlap, progress):
         out[a:b] = hu; filled = b; progress(b, T)
     return out
 
-# %% ../../nbs/05_reconstruction/01_operator.ipynb #c812c440
-PAPER_WINDOW = {"videovae+": 64}   # slices of a window in the released scripts; 65 for all others
+# %% ../../nbs/05_reconstruction/01_operator.ipynb #0ad2acf2
+PAPER = { # what the released scripts do for each VAE, where it is not: windows of 65 slices, posterior mean, float32
+    "videovae+": dict(size=64), "wfvae": dict(sample=True, dtype="bfloat16"), "ivvae": dict(sample=True, dtype="bfloat16"), "cvvae": dict(sample=True, dtype="float16")}
 
 def reconstruct(
     ct:CTVolume,                       # a scan
@@ -61,29 +62,42 @@ def reconstruct(
     size:int=65,                       # slices of a window, for VAEs that cannot stream
     overlap:int=16,                    # slices two windows share
     protocol:str="exact",              # 'exact': this page; 'paper': the released scripts to the letter
+    seed:int=0,                        # of the draws that protocol 'paper' makes for some VAEs
     progress:Callable[[int,int],None]=lambda done, total: None, # called with slices done, slices in all
 ) -> CTVolume: # HU in the window, on the same grid
     "T(x) = D(E(x)) of a whole scan (eq. 1). Not for clinical use"
-    if protocol == "paper": return _paper(ct, vae, progress)
+    if protocol == "paper": return _paper(ct, vae, progress, seed)
     if protocol != "exact": raise DataError(f"protocol {protocol!r}: expected 'exact' or 'paper'")
     if vae.spec.streams: out = _stream(ct, vae, window, chunk, progress)
     else: out = _windows(ct, vae, window, size, overlap, progress)
     return ct.with_array(out)
 
-# %% ../../nbs/05_reconstruction/01_operator.ipynb #a61d6f81
-def _paper(ct, vae, progress):
+# %% ../../nbs/05_reconstruction/01_operator.ipynb #01fc674d
+def _as_released(vae):
+    "The VAE in the number format its script uses, that format, and whether the script draws from the posterior"
+    import copy, torch
+    from fvae_nb.vaes.interface import VAE
+    how = PAPER.get(vae.spec.name.removesuffix("-random"), {})
+    dtype = getattr(torch, how.get("dtype", "float32"))
+    if dtype != torch.float32: vae = VAE(copy.deepcopy(vae.net).to(dtype), vae.spec, vae.weights)
+    return vae, dtype, how
+
+def _paper(ct, vae, progress, seed=0):
     "The released scripts: file axes, separate windows of 65, mean of channels, truncation to int16"
+    import torch
     from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
     from dataclasses import replace
     if ct.stored is None: raise DataError(f"{ct.name}: protocol 'paper' follows a file's own axes; write the volume and read it back first")
     back = ornt_transform(axcodes2ornt(("S", "P", "L")), io_orientation(ct.stored.affine))
     frames = np.transpose(apply_orientation(ct.array, back), (2, 0, 1))        # (X, Y, Z) -> (Z, X, Y)
-    out, size = np.empty(frames.shape, np.float32), PAPER_WINDOW.get(vae.spec.name, 65)
+    vae, dtype, how = _as_released(vae)
+    size, draws = how.get("size", 65), torch.Generator().manual_seed(seed) if how.get("sample") else None
+    out = np.empty(frames.shape, np.float32)
     for a in range(0, len(frames), size):
         part = frames[a:a + size]; n = len(part)
         part = np.concatenate([part, np.repeat(part[-1:], size - n, 0)]) if n < size else part
-        video = to_video(replace(ct, array=part))
-        x = vae.decode(vae.encode(video.to(vae.device)))[0, 0, :n].float().cpu().numpy()
+        video = to_video(replace(ct, array=part)).to(vae.device, dtype)
+        x = vae.decode(vae.encode(video, draws))[0, 0, :n].float().cpu().numpy()
         out[a:a + n] = np.trunc(unwindow_ct(x)); progress(a + n, len(frames))
     stored = np.transpose(out, (1, 2, 0))
     return ct.with_array(np.ascontiguousarray(apply_orientation(stored, ornt_transform(io_orientation(ct.stored.affine), axcodes2ornt(("S", "P", "L"))))))

@@ -88,7 +88,7 @@ def _regroup(chunks, first, stride):
     if fill: held = torch.cat([held, held[:, :, -1:].expand(-1, -1, fill, -1, -1)], 2)
     yield held
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #0078cfa4
+# %% ../../nbs/04_vaes/01_interface.ipynb #f39c43f4
 class VAE:
     "One VAE behind the common interface: `encode` a video to a `Latent`, `decode` it to exactly the same T, H, W"
     def __init__(self,
@@ -103,8 +103,15 @@ class VAE:
     @torch.no_grad()
     def encode(self,
         video:torch.Tensor, # (B, C, T, H, W) in [-1, 1], C = 1 or 3
-    ) -> Latent: # deterministic (posterior mean)
+        generator:torch.Generator|None=None, # draw from the posterior with it; None: the posterior mean
+    ) -> Latent: # deterministic without a generator
         "Encode a whole video"
+        if generator is not None:
+            if not hasattr(self.net, "posterior"): raise ValueError(f"{self.spec.name} has no posterior to draw from: leave the generator out")
+            padded = torch.cat(list(_regroup([video], self.spec.first, self.spec.strides[0]*self.spec.group)), 2)
+            mean, logvar = self.net.posterior(self._enter(padded))
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            return Latent(mean + (logvar/2).exp() * noise, tuple(video.shape[2:]), self.spec.name)
         if not self.spec.streams:
             padded = torch.cat(list(_regroup([video], self.spec.first, self.spec.strides[0]*self.spec.group)), 2)
             return Latent(self.net.encode(self._enter(padded)), tuple(video.shape[2:]), self.spec.name)
