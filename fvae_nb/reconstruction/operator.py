@@ -72,7 +72,7 @@ def reconstruct(
     else: out = _windows(ct, vae, window, size, overlap, progress)
     return ct.with_array(out)
 
-# %% ../../nbs/05_reconstruction/01_operator.ipynb #01fc674d
+# %% ../../nbs/05_reconstruction/01_operator.ipynb #ab92cfe4
 def _as_released(vae):
     "The VAE in the number format its script uses, that format, and whether the script draws from the posterior"
     import copy, torch
@@ -81,6 +81,18 @@ def _as_released(vae):
     dtype = getattr(torch, how.get("dtype", "float32"))
     if dtype != torch.float32: vae = VAE(copy.deepcopy(vae.net).to(dtype), vae.spec, vae.weights)
     return vae, dtype, how
+
+def _to_released(hu, dtype):
+    "HU -> [-1, 1] as the scripts do it: a division by 1000, or, in half precision, by way of [0, 1] with each step rounded"
+    import torch
+    if dtype == torch.float32: return torch.from_numpy((np.clip(hu, *WINDOW) / np.float64(1000)).astype(np.float32))[None, None]
+    return torch.from_numpy((np.clip(hu, *WINDOW) - WINDOW[0]) / 2000).to(dtype)[None, None] * 2 - 1
+
+def _from_released(x):
+    "And back, in the number format of `x`; then the cast to int16, which truncates"
+    import torch
+    hu = x.cpu().numpy() * np.float32(1000) if x.dtype == torch.float32 else (((x + 1) / 2) * 2000 - 1000).float().cpu().numpy()
+    return np.trunc(hu)
 
 def _paper(ct, vae, progress, seed=0):
     "The released scripts: file axes, separate windows of 65, mean of channels, truncation to int16"
@@ -96,8 +108,7 @@ def _paper(ct, vae, progress, seed=0):
     for a in range(0, len(frames), size):
         part = frames[a:a + size]; n = len(part)
         part = np.concatenate([part, np.repeat(part[-1:], size - n, 0)]) if n < size else part
-        video = to_video(replace(ct, array=part)).to(vae.device, dtype)
-        x = vae.decode(vae.encode(video, draws))[0, 0, :n].float().cpu().numpy()
-        out[a:a + n] = np.trunc(unwindow_ct(x)); progress(a + n, len(frames))
+        x = vae.decode(vae.encode(_to_released(part, dtype).to(vae.device), draws))[0, 0, :n]
+        out[a:a + n] = _from_released(x); progress(a + n, len(frames))
     stored = np.transpose(out, (1, 2, 0))
     return ct.with_array(np.ascontiguousarray(apply_orientation(stored, ornt_transform(io_orientation(ct.stored.affine), axcodes2ornt(("S", "P", "L"))))))
