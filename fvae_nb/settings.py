@@ -11,7 +11,7 @@ import configparser, difflib, os
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 # %% auto #0
-__all__ = ['FVAEError', 'SettingsError', 'expect_fail', 'Settings', 'find_settings', 'settings', 'pick_device']
+__all__ = ['FVAEError', 'SettingsError', 'expect_fail', 'Settings', 'find_settings', 'settings', 'pick_device', 'sha256_of']
 
 # %% ../nbs/00_settings.ipynb #5dbf3c05
 class FVAEError(ValueError):
@@ -126,3 +126,11 @@ def pick_device(
     if device != "auto": return device
     import torch
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+# %% ../nbs/00_settings.ipynb #f8b05124
+def sha256_of(
+    path:str|Path, # a file
+) -> str: # hexadecimal
+    "sha256 of a file, read in pieces"
+    import hashlib
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()

@@ -360,7 +360,7 @@ def _unknown_findings(cases):
     known = {*COLUMNS, *(x.name for x in REX.values())}
     return [f"{c.id}: a mask of {d.finding!r}, which is neither a column of CT-RATE nor a category of ReXGroundingCT" for c in cases if c.masks for d in c.masks.disease or () if d.finding not in known]
 
-# %% ../../nbs/01_data/07_manifests.ipynb #84e227d4
+# %% ../../nbs/01_data/07_manifests.ipynb #7d6a862c
 def _same_scan(cases):
     "CT-RATE: reconstructions of one scan, and a patient key that is not the patient's"
     out, scans = [], defaultdict(set)
@@ -378,8 +378,8 @@ def _same_file(cases, root_of, hashes):
         if c.sha256 and "ct" in c.sha256: return c.sha256["ct"]
         file = root_of(c.dataset)/c.ct if hashes and root_of else None
         if file is None or not file.is_file(): return None
-        from fvae_nb.data.samples import file_sha256
-        return file_sha256(file)
+        from fvae_nb.settings import sha256_of
+        return sha256_of(file)
     out = []
     for what, key in (("path", lambda c: (c.dataset, c.ct)), ("content", content)):
         for k, rows in _groups(cases, key).items():
