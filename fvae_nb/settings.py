@@ -28,7 +28,7 @@ def expect_fail(
     except FVAEError as error: print(f"{type(error).__name__}: {error}")
     else: raise AssertionError("this was expected to fail and did not")
 
-# %% ../nbs/00_settings.ipynb #0deac262
+# %% ../nbs/00_settings.ipynb #5f6ad0f4
 def _cache() -> Path:
     from platformdirs import user_cache_path
     return user_cache_path("fvae_nb")
@@ -40,6 +40,7 @@ class Settings(BaseModel):
     data_root:Path|None = Field(None, description="folder that manifests' paths start from; data_root.NAME for one dataset")
     weights:Path|None = Field(None, description="folder with one subfolder of weights per VAE; weights.NAME for one VAE")
     device:str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    accept_licence:tuple[str, ...] = Field((), description="VAEs whose terms you accept, by name, commas between (non-commercial weights ask for it)")
     roots:dict[str, Path] = Field(default_factory=dict, description="from data_root.NAME lines")
     weight_folders:dict[str, Path] = Field(default_factory=dict, description="from weights.NAME lines")
     file:Path|None = Field(None, description="the settings.ini that was read")
@@ -51,6 +52,10 @@ class Settings(BaseModel):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v): raise ValueError("expected auto, cpu, mps, cuda or cuda:N")
         return v
 
+    @field_validator("accept_licence", mode="before")
+    @classmethod
+    def _names(cls, v): return tuple(n.strip() for n in v.split(",") if n.strip()) if isinstance(v, str) else v
+
     def root_of(self, dataset:str) -> Path|None:
         "Data root of a dataset"
         return self.roots.get(dataset, self.data_root)
@@ -59,7 +64,7 @@ class Settings(BaseModel):
         "Folder named for one VAE by a `weights.NAME` line"
         return self.weight_folders.get(vae)
 
-_KEYS = ("cache", "data_root", "weights", "device")
+_KEYS = ("cache", "data_root", "weights", "device", "accept_licence")
 _FAMILIES = {"data_root": "roots", "weights": "weight_folders"}
 
 # %% ../nbs/00_settings.ipynb #e7ad2430
@@ -75,7 +80,7 @@ def find_settings(
     file = user_config_path("fvae_nb")/"settings.ini"
     return file if file.is_file() else None
 
-# %% ../nbs/00_settings.ipynb #671712df
+# %% ../nbs/00_settings.ipynb #18210924
 def _read_file(file):
     "[fvae] of a file: {key: (value, line number)}, told with the line where it is wrong"
     parser = configparser.ConfigParser(default_section="__none__", interpolation=None, inline_comment_prefixes=(";", "#"))
@@ -103,7 +108,7 @@ def settings(
     if file:
         for key, (value, line) in _read_file(file).items():
             family, _, name = key.partition(".")
-            value = str((file.parent/Path(value).expanduser()).resolve()) if family != "device" else value   # paths start at the file
+            value = str((file.parent/Path(value).expanduser()).resolve()) if family not in ("device", "accept_licence") else value   # paths start at the file
             if name: values.setdefault(_FAMILIES[family], {})[name] = value
             else: values[key] = value
             where[_FAMILIES[family] if name else key] = f"{file}:{line}"

@@ -43,7 +43,8 @@ print(peak * 1024 - 2 * ct.array.nbytes)
 
 @pytest.mark.slow
 def test_memory_is_flat_in_slices():
-    peaks = [int(subprocess.run([sys.executable, "-c", _MEMORY, str(n)], capture_output=True, text=True, check=True).stdout) / 2**20 for n in (65, 129, 257)]
+    def peak(n): return int(subprocess.run([sys.executable, "-c", _MEMORY, str(n)], capture_output=True, text=True, check=True).stdout) / 2**20
+    peaks = [min(peak(n) for _ in range(2)) for n in (65, 129, 257)]           # the lesser of two: the allocator's accidents add, never subtract
     print("peak memory above input and output arrays, MB:", [round(p, 1) for p in peaks])
     assert max(peaks) / min(peaks) < 1.05
 

@@ -15,7 +15,7 @@ from ..settings import FVAEError, settings
 
 # %% auto #0
 __all__ = ['REGISTRY', 'VAESpec', 'Latent', 'latent_frames', 'VAE', 'WeightsError', 'Entry', 'find_weights', 'fetch_weights',
-           'load_vae', 'control_for']
+           'check_terms', 'load_vae', 'control_for']
 
 # %% ../../nbs/04_vaes/01_interface.ipynb #97acd9ed
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def device(self:VAE) -> torch.device:
     "Where the weights are"
     return next((p.device for p in self.net.parameters()), torch.device("cpu")) if isinstance(self.net, torch.nn.Module) else torch.device("cpu")
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #2573bb2a
+# %% ../../nbs/04_vaes/01_interface.ipynb #135c30d0
 class WeightsError(FVAEError):
     "Weights are missing, damaged or of another network"
 
@@ -208,6 +208,7 @@ class Entry:
     fetch:tuple[str,...]=() # files to take from it
     gated:bool=False    # does the hub ask to accept terms first?
     args:tuple[str,...]=() # handed to the builder after the folder
+    terms:str=""        # terms a user must accept by name before the weights are used; '': none beyond the licence
 
 _FETCH = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -229,6 +230,11 @@ REGISTRY = {e.name: e for e in (
           "take models/autoencoder_v1.pt of nvidia/NV-Generate-CT on the Hugging Face hub", "MONAI's CT and MR VAE: trained on CT, Table 1's reference row", "nvidia/NV-Generate-CT", ("models/autoencoder_v1.pt",)),
     Entry("wfvae", "fvae_nb.vaes.wfvae:load", (_FETCH[1],), "Apache-2.0 (code)", f"take {_FETCH[0]} and {_FETCH[1]} of chestnutlzj/WF-VAE-L-16Chn on the Hugging Face hub",
           "causal video VAE with wavelet shortcuts, a row of Table 1", "chestnutlzj/WF-VAE-L-16Chn", _FETCH),
+    *(Entry(name, "fvae_nb.vaes.ivvae:load", (f"{file}.pth|weights/{file}.pth|{file}.safetensors",), "Apache-2.0", f"take weights/{file}.pth of wpy1999/iv-vae on ModelScope", f"video VAE, half keyframes and half change, causal between groups of four; {c} channels", args=(name,))
+      for name, file, c in (("ivvae", "ivvae_z16_dim96", 16), ("ivvae-z16-dim64", "ivvae_z16_dim64", 16), ("ivvae-z8-dim64", "ivvae_z8_dim64", 8), ("ivvae-z4-dim64", "ivvae_z4_dim64", 4))),
+    *(Entry(name, "fvae_nb.vaes.videovae_plus:load", (f"sota-4-{z}z.ckpt|sota-4-{z}z.safetensors",), "CC BY-NC-ND 4.0", f"take sota-4-{z}z.ckpt from the page of github.com/VideoVerses/VideoVAEPlus by hand",
+            f"video VAE of 4x8x8 blocks, {z} channels, space first and time after; not for commercial use", args=(name,), terms="not for commercial use, and nothing made from the weights may be passed on")
+      for name, z in (("videovae+", 16), ("videovae+4z", 4))),
     _diffusers("hunyuanvideo", "Tencent Hunyuan Community", "causal video VAE", "hunyuanvideo-community/HunyuanVideo"),
     _diffusers("cogvideox", "Apache-2.0", "causal video VAE", "THUDM/CogVideoX-2b"),
     _diffusers("ltx", "LTX-Video Open Weights", "video VAE of 8x32x32 blocks", "Lightricks/LTX-Video"),
@@ -241,7 +247,7 @@ REGISTRY = {e.name: e for e in (
     _diffusers("dc-ae", "Apache-2.0", "2D image autoencoder of 32x32 blocks, slice by slice", "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", sub=""),
 )}
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #fe9ef77b
+# %% ../../nbs/04_vaes/01_interface.ipynb #e94cc8a8
 def find_weights(
     entry:Entry,          # a row of the registry
     path:str|Path|None=None, # a folder given by the caller, or the file itself where one file is all
@@ -273,10 +279,19 @@ def fetch_weights(
         raise WeightsError(f"{missing or f'no weights for {entry.name}: {entry.how}'}; asked the hub for {entry.hub} too ({why})") from None
     return folder
 
+def check_terms(
+    entry:Entry, # a row of the registry with `terms`
+) -> None: # raises unless the settings name it
+    "Weights with terms of their own are used only by those who said that they accept them"
+    if entry.name not in settings().accept_licence:
+        raise WeightsError(f"{entry.name}: its weights are {entry.licence}: {entry.terms}; if you accept that, write accept_licence = {entry.name} under [fvae] in settings.ini (or set FVAE_ACCEPT_LICENCE={entry.name}, "
+                           f"or call load_vae({entry.name!r}, accept_licence=True)); to get them: {entry.how}")
+
 def load_vae(
     name:str,                   # a name of the registry, NAME-random for tiny untrained weights, or dct-4x8x8-16[-causal]
     weights:str|Path|None=None, # folder with the weight files, or the one file; None: look them up
     device:str="cpu",           # where to compute
+    accept_licence:bool=False,  # do you accept the terms of weights that have some? (or once, in the settings)
 ) -> VAE:
     "The one door to every VAE"
     import difflib, importlib, re
@@ -291,6 +306,7 @@ def load_vae(
         near = difflib.get_close_matches(name, REGISTRY, 1)
         raise WeightsError(f"no VAE named {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "") + f"; known: {', '.join(REGISTRY)}, dct-TxHxW-K[-causal]")
     entry = REGISTRY[name]
+    if entry.terms and not accept_licence: check_terms(entry)
     module, function = entry.module.split(":")
     build = getattr(importlib.import_module(module), function)
     if not entry.files: return build(*entry.args).to(device)
