@@ -20,7 +20,7 @@ def config_of(case):
 
 def released_state(case, config):
     keys = {k: tuple(v.shape) for k, v in to_released(Denoiser(config)).items()}
-    dirac = case["weights"].startswith("dirac")
+    dirac = "Dirac" in case["weights"]
     return {k: torch.from_numpy(rule_array(k, s)) for k, s in keys.items() if not (dirac and "temporal_conv" in k)}
 
 
@@ -47,9 +47,11 @@ def test_numbers_of_the_released_network(name):
     net.unet.down_blocks[0].resnets[0].register_forward_hook(lambda m, i, o: seen.update({"input_blocks.1": o[:3]}))
     net.unet.mid_block.register_forward_hook(lambda m, i, o: seen.update(middle_block=o[:3]))
     with torch.no_grad(): y = net(z, t, m, text)
+    depth = len(config.channels) - 1
     seen["output"] = y.transpose(1, 2).flatten(0, 1)
     assert set(seen) <= set(want.files) and len(seen) == 6
-    for key, value in seen.items(): assert np.abs(value.numpy() - want[key]).max() < 2e-5, key
+    for key, value in seen.items():                                   # the answer to 2e-5; inner maps, up to 15 in size, to 2e-5 of their unit
+        assert np.abs(value.numpy() - want[key]).max() < 2e-5 * max(1, np.abs(want[key]).max() if key != "output" else 0), key
 
 
 def test_dirac_start_is_the_picture_network_bit_for_bit():

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 from fvae_nb.data.ct import DataError, check_same_grid, read_ct, write_ct
-from fvae_nb.data.phantom import LESION_ID, PHANTOM_IDS, Patient, patient, smooth_field, thorax_phantom
+from fvae_nb.data.findings import COLUMNS, REX
+from fvae_nb.data.phantom import KINDS, LESION_ID, PHANTOM_IDS, Disease, Patient, cardiothoracic_ratio, patient, smooth_field, thorax_phantom
 
 LUNGS = (28, 29, 30, 31, 32)
 HALF = ((33, 64, 64), (6., 5.6, 5.6))     # the whole thorax, coarse: a second
@@ -113,7 +114,7 @@ def test_slabs_do_not_show():
     from fvae_nb.data import phantom
     who = patient(0); tree = phantom._tree_of(who)
     one, many = (phantom._clean(who, tree, (12, 40, 40), (5., 8., 8.), slab=s) for s in (10**9, 40*40*9))
-    assert np.array_equal(one[1], many[1]) and np.array_equal(one[2], many[2])
+    assert np.array_equal(one[1], many[1]) and one[2].keys() == many[2].keys() and all(np.array_equal(one[2][k], many[2][k]) for k in one[2])
     assert np.abs(one[0] - many[0]).mean() < .1                   # whole HU; smoothing reaches a little over the 14 mm margin
 
 
@@ -203,3 +204,112 @@ def test_a_phantom_goes_through_a_file(tmp_path):
 
 def test_a_patient_is_a_few_numbers():
     assert isinstance(patient(5), Patient) and patient(5) == patient(5) != patient(6)
+
+
+# ---- findings
+
+WHOLE = dict(shape=(65, 64, 64), spacing=(5., 5., 5.), noise=False, contrast=0.)     # the whole chest
+LOBE_IDS = np.array([*LUNGS, 132, 133])
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    return thorax_phantom(**WHOLE, seed=4, findings=())
+
+
+@pytest.fixture(scope="module")
+def ill():
+    return {k: thorax_phantom(**WHOLE, seed=4, findings=(k,)) for k in KINDS}
+
+
+def test_healthy_has_no_disease(healthy):
+    assert healthy.masks == {} and not healthy.lesion.array.any() and not any(healthy.findings.values())
+    assert list(healthy.findings) == list(COLUMNS) and "Normal" in healthy.impression and "clear" in healthy.report
+    assert not any(word in healthy.report for word in ("nodule", "Consolidation", "Cardiomegaly"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finding_is_where_its_mask_is_and_nowhere_else(kind, ill, healthy):
+    from scipy.ndimage import binary_dilation
+    p = ill[kind]; m = p.masks[kind]
+    assert list(p.masks) == [kind] and m.dtype == bool and m.shape == p.ct.shape and m.any()
+    changed = np.abs(p.clean.array - healthy.clean.array) > 20
+    assert changed[m].mean() > (.1 if kind == "cardiomegaly" else .5)                       # most of a larger heart was heart before
+    if kind == "cardiomegaly": return
+    assert (changed & ~binary_dilation(m, iterations=3)).mean() < 1e-4
+    if kind != "calcification": assert np.isin(healthy.mask.array, LOBE_IDS)[m].all() and np.isin(p.mask.array, LOBE_IDS)[m].all()    # in the lung
+    outside = ~m if kind == "effusion" else slice(None)
+    assert np.array_equal(p.mask.array[outside], healthy.mask.array[outside])                # anatomy stays
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_words_and_classes_follow_the_mask(kind, ill):
+    p, k = ill[kind], KINDS[kind]
+    assert {c for c, v in p.findings.items() if v} == set(k.columns)
+    word = {"ground glass": "ground-glass", "calcification": "calcifications"}.get(kind, kind)
+    assert word in p.report.lower() or word == "nodule" and "mass" in p.report
+    assert set(np.unique(p.lesion.array)) == ({0, REX[k.code].disease_class} if k.code else {0})
+    if k.code: assert np.array_equal(p.lesion.array > 0, p.masks[kind])
+
+
+@pytest.mark.parametrize("kind, low, high", [("nodule", -150, 60), ("effusion", 0, 20), ("consolidation", -60, 45), ("ground glass", -720, -560), ("emphysema", -1000, -940), ("calcification", 150, 700)])
+def test_findings_have_their_hounsfield_units(kind, low, high, ill):
+    assert low < np.median(ill[kind].clean.array[ill[kind].masks[kind]]) < high              # 5 mm voxels; the small ones lose to partial volume
+
+
+def test_a_large_heart_is_large(healthy, ill):
+    assert .42 < cardiothoracic_ratio(healthy.mask) < .53 < .55 < cardiothoracic_ratio(ill["cardiomegaly"].mask)
+    assert f"{cardiothoracic_ratio(ill['cardiomegaly'].mask):.2f}" in ill["cardiomegaly"].report
+
+
+def test_findings_together_do_not_move_each_other(ill):
+    both = thorax_phantom(**WHOLE, seed=4, findings=("nodule", "ground glass"))
+    assert list(both.masks) == ["nodule", "ground glass"] and sum(both.findings.values()) == 2
+    for k in both.masks: assert np.array_equal(both.masks[k], ill[k].masks[k])
+
+
+def centroid(m, p): return (np.argwhere(m).mean(0) - (np.array(m.shape) - 1)/2) * p.ct.spacing
+
+
+@pytest.mark.parametrize("place", [(30., 0., -70.), (-20., 35., 75.)])
+def test_a_nodule_can_be_put_and_moved(place, healthy):
+    p = thorax_phantom(**WHOLE, seed=4, findings=Disease("nodule", size=30, place=place))
+    m = p.masks["nodule"]
+    assert np.abs(centroid(m, p) - place).max() < 6                                           # a voxel and the rough surface
+    assert m.sum()*.125 == pytest.approx(4/3*np.pi*1.5**3, rel=.35)                            # ml
+    assert ("right" if place[2] < 0 else "left") in p.report
+    assert np.array_equal(p.mask.array, healthy.mask.array)
+
+
+@pytest.mark.parametrize("where", KINDS["nodule"].where)
+def test_where_is_where(where):
+    p = thorax_phantom(**WHOLE, seed=2, findings=Disease("nodule", size=20, where=where))
+    assert f"in the {where}." in p.report and (np.isin(p.mask.array, (PHANTOM_IDS[where.replace("lobe", "").replace("right", "right lung").replace("left", "left lung").strip() + " lobe"], 132, 133))[p.masks["nodule"]]).mean() > .8
+
+
+@pytest.mark.parametrize("side, ids", [("right", (30, 31, 32)), ("left", (28, 29))])
+def test_one_sided_fluid_stays_on_its_side(side, ids):
+    p = thorax_phantom(**WHOLE, seed=3, findings=Disease("effusion", size=15, where=side))
+    assert np.isin(p.mask.array, ids)[p.masks["effusion"]].all() and side in p.report and {"right": "left", "left": "right"}[side] not in p.report
+    rows = np.argwhere(p.masks["effusion"])[:, 1]
+    assert rows.mean() > np.argwhere(np.isin(p.mask.array, ids))[:, 1].mean() + 3             # fluid lies at the back
+
+
+def test_sizes_make_findings_larger():
+    for kind, small, large in (("nodule", 12, 30), ("effusion", -10, 20), ("consolidation", 40, 80), ("ground glass", .3, .8), ("emphysema", .3, .9), ("cardiomegaly", 1.18, 1.3)):
+        a, b = (thorax_phantom(**WHOLE, seed=5, findings=Disease(kind, size=s)).masks[kind].sum() for s in (small, large))
+        assert b > 1.15*a, kind
+
+
+def test_what_the_volume_does_not_show_is_not_reported():
+    p = thorax_phantom((3, 32, 32), (5., 9., 9.), noise=False, seed=4, findings=Disease("nodule", size=12, place=(60., 30., -70.)))
+    assert p.masks == {} and not any(p.findings.values()) and "nodule" not in p.report
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: Disease("cold"), "'cold': expected one of nodule"), (lambda: Disease("nodule", size="big"), "diameter, mm"), (lambda: Disease("effusion", where="up"), "right, left, both"),
+    (lambda: Disease("emphysema", where="left"), "no choice"), (lambda: Disease("effusion", place=(0, 0, 0)), "only a nodule or a consolidation"),
+    (lambda: thorax_phantom((3, 16, 16), (9., 20., 20.), findings=Disease("nodule", place=(0., 0., 0.))), "is not in a lung"), (lambda: thorax_phantom(findings=("nodul",)), "'nodul'")])
+def test_bad_findings_say_what_was_expected(make, says):
+    with pytest.raises(DataError) as error: make()
+    assert says in str(error.value) and "\n" not in str(error.value)

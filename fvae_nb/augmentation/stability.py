@@ -13,7 +13,7 @@ from ..metrics.masks import dice, surface_dice, surface_share
 
 # %% auto #0
 __all__ = ['HU_ORGANS', 'LIMITS', 'segment_hu', 'organ_agreement', 'boundary_shift', 'hu_change', 'label_sets', 'case_stability',
-           'stability', 'mean_interval', 'eps_phi', 'judge', 'verdict']
+           'stability', 'mean_interval', 'eps_phi', 'eps_difference', 'judge', 'verdict']
 
 # %% ../../nbs/06_augmentation/03_stability.ipynb #5597debc
 HU_ORGANS = {"body": (1, 2, 3, 4), "lung": (2,), "bone": (3,), "fat": (4,)} # label sets of `segment_hu`; body is all of them
@@ -178,7 +178,20 @@ def eps_phi(
             both_empty=sum(o["empty"] == "both" for o in each), one_empty=sum(o["empty"] in ("scan", "reconstruction") for o in each))
     return out
 
-# %% ../../nbs/06_augmentation/03_stability.ipynb #80d29da7
+# %% ../../nbs/06_augmentation/03_stability.ipynb #03995588
+def eps_difference(
+    cases:dict[str, dict],  # case id -> of `case_stability`, one transform
+    others:dict[str, dict], # the same for another transform
+    symmetric:bool=True,    # as in `eps_phi`
+    draws:int=2000,         # bootstrap draws
+    seed:int=0,             # of the draws
+) -> dict: # difference (first minus second; below 0: the first keeps more), low, high, n
+    "eps_phi of one transform minus another's on the cases both have, paired"
+    key = "symmetric" if symmetric else "paper"
+    mean, low, high, n = mean_interval([others[c][key] - cases[c][key] for c in sorted(cases.keys() & others.keys())], draws, seed=seed)
+    return dict(difference=mean, low=low, high=high, n=n)
+
+# %% ../../nbs/06_augmentation/03_stability.ipynb #a3bd8497
 LIMITS = dict(eps=.05, shift_mm=.5, hu=10., least=5)  # upper end of eps_phi; absolute mean border shift; absolute HU bias; cases for an answer
 
 def judge(
@@ -197,7 +210,7 @@ def judge(
     (organ, shift), (tissue, hu) = worst(lambda o: o["shift"]["mean"]), worst(lambda o: o["hu"]["bias"])
     lost = [n for n, o in e["organs"].items() if o["one_empty"]]
     upper = e["high"] if np.isfinite(e["high"]) else e["eps"]
-    reasons = [text for bad, text in ((upper > limits["eps"], f"eps_phi may be as large as {upper:.3f}, above {limits['eps']:g}"), (abs(shift) > limits["shift_mm"], f"the border of {organ} moved by {shift:+.2f} mm in the mean, more than {limits['shift_mm']:g}"),
+    reasons = [text for bad, text in ((upper > limits["eps"], f"eps_phi {'may be as large as' if np.isfinite(e['high']) else 'is'} {upper:.3f}, above {limits['eps']:g}"), (abs(shift) > limits["shift_mm"], f"the border of {organ} moved by {shift:+.2f} mm in the mean, more than {limits['shift_mm']:g}"),
                                       (abs(hu) > limits["hu"], f"{tissue} changed by {hu:+.1f} HU in the mean, more than {limits['hu']:g}"), (bool(lost), f"{', '.join(lost)} appeared or vanished in some case")) if bad]
     if not e["n"]: answer, reasons = "undecided", ["the segmenter found no organ in any case"]
     elif reasons: answer = "no"
@@ -212,7 +225,7 @@ def verdict(
 ) -> str: # one sentence, with its thresholds
     "The answer in plain words"
     l, interval = judged["limits"], f" ({judged['low']:.3f} to {judged['high']:.3f})" if np.isfinite(judged["low"]) else ""
-    facts = f"eps_phi {judged['eps']:.3f}{interval}, largest mean border shift {judged['shift_mm']:+.2f} mm ({judged['shift_organ']}), largest HU bias {judged['hu']:+.1f} ({judged['hu_organ']}), {judged['n']} cases, {segmenter}, tau {judged['tolerance_mm']:g} mm"
+    facts = f"eps_phi {judged['eps']:.3f}{interval}, largest mean border shift {judged['shift_mm']:+.2f} mm ({judged['shift_organ']}), largest HU bias {judged['hu']:+.1f} ({judged['hu_organ']}), {judged['n']} case{'s' if judged['n'] != 1 else ''}, {segmenter}, tau {judged['tolerance_mm']:g} mm"
     rule = f"limits: {l['eps']:g}, {l['shift_mm']:g} mm, {l['hu']:g} HU, at least {l['least']} cases"
     head = {"yes": f"{name} keeps what this segmenter sees, within the limits", "no": f"{name} should not be used unseen on scans like these: {'; '.join(judged['reasons'])}", "undecided": f"{name}: no answer yet, {'; '.join(judged['reasons'])}"}[judged["answer"]]
     return f"{head}. [{facts}; {rule}. Not for clinical use]"

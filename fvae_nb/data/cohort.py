@@ -88,7 +88,7 @@ def _draw(folder, number, diseases, shape, spacing, contrast, noise, key):
     part.write_text(json.dumps(dict(key=key, case=case.row()), indent=1)); os.replace(part, row)
     return case
 
-# %% ../../nbs/01_data/08_cohort.ipynb #008f232c
+# %% ../../nbs/01_data/08_cohort.ipynb #72ecc401
 def _bar(done, total, start, fresh):
     "A line that is written over"
     import sys
@@ -119,5 +119,7 @@ def phantom_cohort(
         cases.append(case)
         if progress: progress(len(cases), patients)
         else: _bar(len(cases), patients, start, fresh)
-    cases = cover(assign(cases, parts, seed)) if {"train", "test"} <= set(parts) else assign(cases, parts, seed)
+    cases = assign(cases, parts, seed)
+    for other, least in (("test", 3), ("val", 1)):
+        if {"train", other} <= set(parts): cases = cover(cases, least, test=other)
     return write_manifest(require_clean(cases, root_of=lambda dataset: folder), folder/"phantom_cohort_SYNTHETIC.jsonl")

@@ -115,7 +115,7 @@ def _is_host(module): return isinstance(module, nn.Conv2d) and module.kernel_siz
 
 def _then_slices(conv, inputs, output): return conv.slice(output)
 
-# %% ../../nbs/07_generation/03_denoiser.ipynb #847f81ee
+# %% ../../nbs/07_generation/03_denoiser.ipynb #030e9faf
 class Denoiser(nn.Module):
     "A U-Net over frames with a slice convolution after every 3x3 convolution. Source: paper section 3, equations 4 to 8"
     def __init__(self, config:DenoiserConfig):
@@ -144,9 +144,9 @@ class Denoiser(nn.Module):
         if text is None: text = z.new_zeros(B, 1, self.config.text)
         x = torch.cat([z, condition], 1) if condition is not None else z
         t = torch.as_tensor(t, device=z.device)
-        t = t.reshape(-1, 1).expand(B, frames) if t.dim() < 2 else t
+        t = (t.reshape(-1, 1) if t.dim() < 2 else t).expand(B, frames).flatten()
         for s in self.slices: s.frames = frames
-        y = self.unet(x.transpose(1, 2).flatten(0, 1), t.flatten(), text).sample
+        y = self.unet(x.transpose(1, 2).flatten(0, 1), t, text).sample
         return y.unflatten(0, (B, frames)).transpose(1, 2)
 
 # %% ../../nbs/07_generation/03_denoiser.ipynb #279aa99b

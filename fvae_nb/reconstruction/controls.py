@@ -126,7 +126,7 @@ def matched_to(
     found = re.fullmatch(rf"({'|'.join(DENOISERS)})-as-(.+)", name)
     return found and (found[1], found[2])
 
-# %% ../../nbs/05_reconstruction/02_controls.ipynb #20d41dea
+# %% ../../nbs/05_reconstruction/02_controls.ipynb #e0773d40
 class Operators:
     "All transforms T(x) by name: VAEs, `dct-...`, KIND-as-VAE, `real`; the last VAE and its last reconstruction are kept"
     def __init__(self,
@@ -141,12 +141,20 @@ class Operators:
         "The VAE behind a name, or behind the VAE that a denoiser is matched to; None for `real`"
         name = (matched_to(name) or (None, name))[1]
         if name == "real": return None
-        if name not in self._vae: self._vae = {name: self.load(name)}
+        if name not in self._vae:
+            if not name.startswith("dct"): self._vae = {n: v for n, v in self._vae.items() if n.startswith("dct")}   # one big network at a time
+            self._vae[name] = self.load(name)
         return self._vae[name]
 
+    def keep(self, ct:CTVolume, name:str, back:CTVolume):
+        "Use this as the reconstruction of `ct` by `name` (one made elsewhere) until another scan comes"
+        self._last = (ct, name, back)
+
     def _reconstruct(self, ct, name):
-        if not (self._last and self._last[0] is ct and self._last[1] == name): self._last = (ct, name, reconstruct(ct, self.vae(name), **self.how))
-        return self._last[2]
+        if self._last and self._last[0] is ct and self._last[1] == name: return self._last[2]
+        back = reconstruct(ct, self.vae(name), **self.how)
+        if not name.startswith("dct") or self._last is None or self._last[0] is not ct: self._last = (ct, name, back)   # a control does not push out the VAE
+        return back
 
     def __call__(self,
         ct:CTVolume, # a scan

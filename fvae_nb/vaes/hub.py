@@ -143,7 +143,7 @@ def wrap(
     net = WanNet(vae, fast) if type(vae).__name__ == "AutoencoderKLWan" else HubNet(vae, spec.strides[0] == 1)
     return VAE(net.eval().requires_grad_(False), spec, weights)
 
-# %% ../../nbs/04_vaes/06_hub.ipynb #65aff969
+# %% ../../nbs/04_vaes/06_hub.ipynb #03cf9612
 _FOUR = dict(block_out_channels=(8,)*4, layers_per_block=1, norm_num_groups=4)
 _IMAGE = dict(_FOUR, down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4)
 _DC = tuple(["ResBlock"]*4 + ["EfficientViTBlock"]*2)
@@ -164,7 +164,7 @@ _TINY = { # name: (class, slice by slice?, configuration of the tiny copy)
               attention_head_dim=8, encoder_block_types=_DC, decoder_block_types=_DC, downsample_block_type="Conv", upsample_block_type="interpolate", scaling_factor=.41407)),
 }
 
-_OWN = {"leanvae": "leanvae", "leanvae-4": "leanvae", "wfvae": "wfvae", "videovae+": "videovae_plus", "videovae+4z": "videovae_plus", **dict.fromkeys(("ivvae", "ivvae-z16-dim64", "ivvae-z8-dim64", "ivvae-z4-dim64"), "ivvae")}   # networks written in chapters of their own: the module has `random_copy(name)`
+_OWN = {"leanvae": "leanvae", "leanvae-4": "leanvae", "wfvae": "wfvae", "videovae+": "videovae_plus", "videovae+4z": "videovae_plus", **dict.fromkeys(("medvae", "medvae-8", "medvae-2d"), "medvae"), **dict.fromkeys(("ivvae", "ivvae-z16-dim64", "ivvae-z8-dim64", "ivvae-z4-dim64"), "ivvae"), **dict.fromkeys(("cvvae", "cvvae-1.1", "cvvae-sd3"), "cvvae")}   # networks written in chapters of their own: the module has `random_copy(name)`
 
 def _class(name):
     "A diffusers class by name"

@@ -191,7 +191,7 @@ def device(self:VAE) -> torch.device:
     "Where the weights are"
     return next((p.device for p in self.net.parameters()), torch.device("cpu")) if isinstance(self.net, torch.nn.Module) else torch.device("cpu")
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #135c30d0
+# %% ../../nbs/04_vaes/01_interface.ipynb #4b671864
 class WeightsError(FVAEError):
     "Weights are missing, damaged or of another network"
 
@@ -235,6 +235,12 @@ REGISTRY = {e.name: e for e in (
     *(Entry(name, "fvae_nb.vaes.videovae_plus:load", (f"sota-4-{z}z.ckpt|sota-4-{z}z.safetensors",), "CC BY-NC-ND 4.0", f"take sota-4-{z}z.ckpt from the page of github.com/VideoVerses/VideoVAEPlus by hand",
             f"video VAE of 4x8x8 blocks, {z} channels, space first and time after; not for commercial use", args=(name,), terms="not for commercial use, and nothing made from the weights may be passed on")
       for name, z in (("videovae+", 16), ("videovae+4z", 4))),
+    *(Entry(name, "fvae_nb.vaes.medvae:load", (f"{file}|model_weights/{file}",), "MIT (code)", f"take model_weights/{file} of stanfordmimi/MedVAE on the Hugging Face hub", about, "stanfordmimi/MedVAE", (f"model_weights/{file}",), args=(name,))
+      for name, file, about in (("medvae", "vae_4x_1c_3D.ckpt", "3D VAE of medical images, 4x4x4 blocks, a reference row of Table 1"), ("medvae-8", "vae_8x_1c_3D.ckpt", "3D VAE of medical images, 8x8x8 blocks"),
+                                ("medvae-2d", "vae_4x_1c_2D.ckpt", "2D VAE of medical images, 4x4 blocks, slice by slice"))),
+    *(Entry(name, "fvae_nb.vaes.cvvae:load", ("|".join(f"{at}diffusion_pytorch_model.{kind}" for at in (f"{sub}/", "") for kind in ("safetensors", "bin")),), "none stated",
+            f"take {sub}/config.json and the weights beside it of AILab-CVC/CV-VAE on the Hugging Face hub, if its authors allow your use", f"video VAE on {latent}, in pieces of 17 slices", args=(name,))
+      for name, sub, latent in (("cvvae", "vae3d", "the latents of Stable Diffusion 2.1"), ("cvvae-1.1", "vae3d_v1-1", "the same latents, trained longer"), ("cvvae-sd3", "vae3d_sd3", "the latents of Stable Diffusion 3"))),
     _diffusers("hunyuanvideo", "Tencent Hunyuan Community", "causal video VAE", "hunyuanvideo-community/HunyuanVideo"),
     _diffusers("cogvideox", "Apache-2.0", "causal video VAE", "THUDM/CogVideoX-2b"),
     _diffusers("ltx", "LTX-Video Open Weights", "video VAE of 8x32x32 blocks", "Lightricks/LTX-Video"),
