@@ -19,7 +19,7 @@ TOLERANCE = FACTS["tolerance"]
 
 def build(**more):
     net = CTCLIP(IMAGE, FACTS["config"]["text"], **DIMS, **more).eval()
-    fill(net, ("visual_transformer.vq._codebook.initted", "visual_transformer.vq._codebook.cluster_size"))
+    fill(net, ("visual_transformer.vq._codebook.initted", "visual_transformer.vq._codebook.cluster_size", "temperature"))                  # 0-d: the rule leaves it at 1
     return net.requires_grad_(False)
 
 

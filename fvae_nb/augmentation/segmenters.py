@@ -14,7 +14,7 @@ from ..data.ct import CTVolume, DataError, check_same_grid, window_ct, write_ct
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'plan_levels', 'build_net', 'to_grid', 'cut_patch', 'train_net', 'Segmenter', 'load_segmenter',
-           'train_segmenter', 'score']
+           'train_segmenter', 'score', 'NNUNet', 'write_nnunet', 'train_nnunet', 'predict_nnunet']
 
 # %% ../../nbs/06_augmentation/02_segmenters.ipynb #06f495a0
 @dataclass(frozen=True)
@@ -234,3 +234,99 @@ def score(
         a, b = ((v.array > 0) if union and n == 1 else v.array == n for v in (truth, found))
         out |= {f"dsc.{name}": 100*dice(a, b), f"nsd.{name}": 100*surface_dice(a, b, truth.spacing, tolerance_mm)}
     return out
+
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #7bf86da6
+@dataclass(frozen=True)
+class NNUNet:
+    "nnU-Net v2 in a folder of its own, as the release calls it; once trained, `net(ct)` gives labels on the scan's grid"
+    folder:Path                 # will hold raw/, preprocessed/, results/
+    labels:tuple[str,...]       # names of labels 1, 2, ...
+    dataset:int=9               # the release's Dataset009_FoundationVAE
+    configuration:str="3d_fullres"
+    fold:int=0                  # which of its five folds validates
+    trainer:str="nnUNetTrainer" # 1000 epochs
+    plan:tuple[str,...]=()      # more words for plan_and_preprocess
+    bin:str=""                  # folder of its commands; empty: the PATH's
+    device:str="cuda"           # cuda, cpu
+
+    @property
+    def title(self) -> str: return f"Dataset{self.dataset:03d}_FoundationVAE"
+    @property
+    def raw(self) -> Path: return Path(self.folder)/"raw"/self.title
+    @property
+    def preprocessed(self) -> Path: return Path(self.folder)/"preprocessed"/self.title
+    @property
+    def results(self) -> Path: return Path(self.folder)/"results"/self.title/f"{self.trainer}__nnUNetPlans__{self.configuration}"/f"fold_{self.fold}"
+
+    def commands(self) -> dict[str, list[str]]:
+        "Its three commands, word by word; predict lacks its -i and -o"
+        which, device = str(self.dataset), self.device.split(":")[0]
+        return dict(plan=["nnUNetv2_plan_and_preprocess", "-d", which, "--verify_dataset_integrity", "-c", self.configuration, *self.plan],
+                    train=["nnUNetv2_train", which, self.configuration, str(self.fold), "-tr", self.trainer, "-device", device],
+                    predict=["nnUNetv2_predict", "-d", which, "-c", self.configuration, "-f", str(self.fold), "-tr", self.trainer, "-device", device])
+
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #2986a92e
+def write_nnunet(
+    net:NNUNet, # where, and the labels' names
+    training:dict[str, tuple[CTVolume, CTVolume, str]], # file id -> image, integer labels, patient
+) -> list[dict]: # its five splits, by patient: train and val file ids
+    "imagesTr, labelsTr, dataset.json, and the splits it would not make itself"
+    from sklearn.model_selection import KFold
+    for part in ("imagesTr", "labelsTr"): (net.raw/part).mkdir(parents=True, exist_ok=True)
+    for name, (ct, mask, _) in training.items():
+        check_same_grid(mask, ct)
+        if mask.array.max(initial=0) > len(net.labels): raise DataError(f"{name}: its mask holds label {mask.array.max()}, but only {len(net.labels)} are named")
+        write_ct(ct, net.raw/"imagesTr"/f"{name}_0000.nii.gz", "int16"); write_ct(mask, net.raw/"labelsTr"/f"{name}.nii.gz", "uint8")
+    facts = dict(channel_names={"0": "CT"}, labels={"background": 0} | {n: i for i, n in enumerate(net.labels, 1)}, numTraining=len(training), file_ending=".nii.gz")
+    (net.raw/"dataset.json").write_text(json.dumps(facts, indent=1))
+    patients = sorted({p for *_, p in training.values()})
+    if len(patients) < 5: raise DataError(f"nnU-Net makes five folds; {len(patients)} patients are too few to train on")
+    of = lambda some: sorted(n for n, (*_, p) in training.items() if p in some)
+    return [dict(train=of({patients[i] for i in a}), val=of({patients[i] for i in b})) for a, b in KFold(5, shuffle=True, random_state=12345).split(patients)]
+
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #f2e70acc
+def _call(net, words, log):
+    "One of its commands, with its folders in the environment; what it says goes to a log"
+    program = shutil.which(words[0], path=net.bin or None)
+    if program is None: raise DataError(f"{words[0]}: not found{f' in {net.bin}' if net.bin else ''}; install the extra [nnunet], or name the folder of its commands")
+    root = Path(net.folder).absolute()
+    env = os.environ | {f"nnUNet_{k}": str(root/k) for k in ("raw", "preprocessed", "results")}
+    if net.device.startswith("cuda:"): env["CUDA_VISIBLE_DEVICES"] = net.device[5:]
+    with open(log, "a") as f: code = subprocess.run([program, *words[1:]], env=env, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    if code:
+        last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"])[-1]
+        raise DataError(f"{words[0]}: ended with {code} and said {last.strip()[:200]!r}; all it said is in {log}")
+
+def train_nnunet(
+    net:NNUNet, # where and how
+    training:dict[str, tuple[CTVolume, CTVolume, str]]|Callable, # as in `write_nnunet`, or a function that gives it
+) -> NNUNet: # the same, trained
+    "Write, plan, train; each stage that is done is not done again, and a training that was stopped goes on"
+    folder = Path(net.folder); planned = folder/"planned.json"; folder.mkdir(parents=True, exist_ok=True)
+    if not planned.is_file():
+        splits = write_nnunet(net, training() if callable(training) else training)
+        _call(net, net.commands()["plan"], folder/"plan.log")
+        (net.preprocessed/"splits_final.json").write_text(json.dumps(splits, indent=1))
+        planned.write_text(json.dumps(dict(splits=splits)))
+    if not (net.results/"checkpoint_final.pth").is_file():
+        again = ["--c"] if (net.results/"checkpoint_latest.pth").is_file() else []
+        _call(net, [*net.commands()["train"], *again], folder/"train.log")
+    return net
+
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #36368060
+def predict_nnunet(
+    net:NNUNet,   # trained
+    ct:CTVolume,  # a scan
+) -> CTVolume: # integer labels on its grid
+    "One scan through nnU-Net's predictor, test-time mirroring included"
+    import tempfile
+    from fvae_nb.data.ct import read_mask
+    with tempfile.TemporaryDirectory(dir=net.folder) as work:
+        work = Path(work); (work/"in").mkdir()
+        write_ct(ct, work/"in"/"scan_0000.nii.gz", "int16")
+        _call(net, [*net.commands()["predict"], "-i", str((work/"in").absolute()), "-o", str((work/"out").absolute())], Path(net.folder)/"predict.log")
+        found = read_mask(work/"out"/"scan.nii.gz")
+    if found.shape != ct.shape: raise DataError(f"nnU-Net answered {ct.name} on a grid of {found.shape}, the scan has {ct.shape}")
+    return ct.with_array(found.array.astype(np.uint8), name=f"{ct.name}_found")
+
+NNUNet.__call__ = predict_nnunet

@@ -13,7 +13,8 @@ from ..data.ct import CTVolume, DataError, check_same_grid, read_ct, write_ct
 from ..settings import sha256_of
 
 # %% auto #0
-__all__ = ['VIEWS', 'Arm', 'arm', 'arms', 'assign_folds', 'check_folds', 'Draw', 'schedule', 'read_view', 'store_view', 'paired']
+__all__ = ['VIEWS', 'Arm', 'arm', 'arms', 'assign_folds', 'check_folds', 'Draw', 'schedule', 'read_view', 'store_view', 'paired',
+           'show_views']
 
 # %% ../../nbs/06_augmentation/01_views.ipynb #7a313d1f
 VIEWS = { # what a step of training sees
@@ -174,3 +175,68 @@ def paired(
     means = d[np.random.default_rng(seed).integers(n, size=(draws, n))].mean(1)
     out |= dict(low=float(np.quantile(means, .025)), high=float(np.quantile(means, .975)), detectable=float(2.8*d.std(ddof=1)/math.sqrt(n)))
     return out | dict(p=float(wilcoxon(d).pvalue) if (d != 0).any() else 1.)
+
+# %% ../../nbs/06_augmentation/01_views.ipynb #47f96afb
+_TUMOUR, _ORGAN, _FOUND, _TRUTH = "#009e73", "#f0e442", "#e41a1c", "#1f78ff"   # contours; frames of the insets, red and blue as printed
+
+def _lesion(truth, tumour, ct):
+    "Slice with most tumour, and a square of pixels around it there: first row, first column, side"
+    where = truth.array == tumour if tumour and (truth.array == tumour).any() else truth.array > 0
+    index = int(where.sum((1, 2)).argmax())
+    r, c = np.nonzero(where[index]); side = min(int(1.6*max(np.ptp(r), np.ptp(c))) + 8, *ct.shape[1:])
+    return index, int(np.clip((r.min() + r.max() - side)//2, 0, ct.shape[1] - side)), int(np.clip((c.min() + c.max() - side)//2, 0, ct.shape[2] - side)), side
+
+def _contours(ax, labels, tumour, organ, width=1.4):
+    "Tumour solid and green, organ dashed and yellow"
+    for wanted, colour, style in ((organ, _ORGAN, "--"), (tumour, _TUMOUR, "-")):
+        if wanted and (here := labels == wanted).any():
+            edge = np.pad(here, 1).astype(float); at = [np.arange(n) - 1 for n in edge.shape]
+            ax.contour(at[1], at[0], edge, [.5], colors=colour, linestyles=style, linewidths=width)
+
+def _enlarged(ax, picture, box, place, frame, **how):
+    "A square of the picture in a corner"
+    r, c, n = box
+    inset = ax.inset_axes(place); inset.imshow(picture[r:r+n, c:c+n], extent=(c - .5, c + n - .5, r + n - .5, r - .5), **how)
+    inset.set(xticks=[], yticks=[])
+    for side in inset.spines.values(): side.set(edgecolor=frame, linewidth=1.6)
+    return inset
+
+# %% ../../nbs/06_augmentation/01_views.ipynb #7e313684
+def show_views(
+    ct:CTVolume,                # the scan
+    backs:dict[str, CTVolume],  # name -> reconstruction on its grid; the columns beside the scan
+    truth:CTVolume,             # its labels
+    found:dict[str, CTVolume]|None=None, # 'real' and the names of backs -> labels a segmenter found; None: the truth everywhere
+    tumour:int=1,               # label with a green contour
+    organ:int=0,                # label with a yellow one; 0: none
+    window:str|tuple[float, float]="soft tissue", # display window
+    error:float=200,            # HU at the ends of the error maps
+    index:int|None=None,        # slice; None: where the tumour is largest
+    title:str="",               # the finding
+):
+    "Figure 2: the scan and its reconstructions with contours, their errors below, the lesion enlarged"
+    import matplotlib.pyplot as plt
+    from fvae_nb.show.slices import _heading, _scale_bar, window_range
+    for v in (truth, *backs.values(), *(found or {}).values()): check_same_grid(v, ct)
+    if not truth.array.any(): raise DataError(f"{truth.name or 'labels'}: empty, so there is no lesion to look at; give index and another label")
+    where, *box = _lesion(truth, tumour, ct); index = where if index is None else index
+    (lo, hi), columns, aspect = window_range(window), {"real": ct} | backs, ct.spacing[1]/ct.spacing[2]
+    gray, clip = dict(cmap="gray", vmin=lo, vmax=hi, aspect=aspect), lambda v: np.clip(v.array[index], -1000, 1000)
+    fig, axes = plt.subplots(2, len(columns), figsize=(2.5*len(columns), 5*aspect*ct.shape[1]/ct.shape[2] + .7), dpi=72, layout="constrained", squeeze=False)
+    for ax in axes.flat: ax.axis("off")
+    for n, (name, v) in enumerate(columns.items()):
+        top, low = axes[:, n]
+        top.imshow(clip(v), **gray); top.set_title(name, fontsize=9)
+        inset = _enlarged(top, clip(v), box, [.58, 0, .42, .42], _FOUND, **gray)
+        labels = truth if found is None else found.get(name)
+        if labels is not None:
+            for at in (top, inset): _contours(at, labels.array[index], tumour, organ)
+        top.add_patch(plt.Rectangle((box[1] - .5, box[0] - .5), box[2], box[2], fill=False, ec=_FOUND, lw=1))
+        if n:
+            colours = dict(cmap="PuOr_r", vmin=-error, vmax=error, aspect=aspect)
+            shown = low.imshow(clip(v) - clip(ct), **colours); _enlarged(low, clip(v) - clip(ct), box, [.58, 0, .42, .42], _FOUND, **colours)
+    _scale_bar(axes[0, 0], ct.shape[2], ct.spacing[2])
+    _contours(_enlarged(axes[0, 0], clip(ct), box, [0, .58, .42, .42], _TRUTH, **gray), truth.array[index], tumour, organ)
+    if backs: fig.colorbar(shown, cax=axes[1, 0].inset_axes([.1, .45, .8, .07]), orientation="horizontal", label="minus real, HU")
+    fig.suptitle(_heading(ct, title, window, f"axial {index}, "), fontsize=9)
+    return fig

@@ -88,7 +88,7 @@ def _draw(folder, number, diseases, shape, spacing, contrast, noise, key):
     part.write_text(json.dumps(dict(key=key, case=case.row()), indent=1)); os.replace(part, row)
     return case
 
-# %% ../../nbs/01_data/08_cohort.ipynb #72ecc401
+# %% ../../nbs/01_data/08_cohort.ipynb #58d2c224
 def _bar(done, total, start, fresh):
     "A line that is written over"
     import sys
@@ -113,7 +113,7 @@ def phantom_cohort(
     for sub in ("ct", "masks", "cases"): (folder/sub).mkdir(parents=True, exist_ok=True)
     plan = cohort_plan(patients, seed, healthy, odds)
     for number, diseases in plan.items():
-        key = _settings_key(version=1, number=number, diseases=[asdict(d) for d in diseases], shape=list(shape), spacing=list(spacing), contrast=contrast, noise=noise)
+        key = _settings_key(version=2, number=number, diseases=[asdict(d) for d in diseases], shape=list(shape), spacing=list(spacing), contrast=contrast, noise=noise)
         case = _finished(folder, f"phantom-{number:06d}", key)
         if case is None: case = _draw(folder, number, diseases, shape, spacing, contrast, noise, key); fresh += 1
         cases.append(case)

@@ -11,8 +11,8 @@ from .ct import CTVolume, DataError, ct_volume
 from .findings import COLUMNS, REX
 
 # %% auto #0
-__all__ = ['PHANTOM_IDS', 'LESION_ID', 'KINDS', 'Kind', 'Disease', 'Patient', 'patient', 'smooth_field', 'Phantom',
-           'cardiothoracic_ratio', 'thorax_phantom']
+__all__ = ['PHANTOM_IDS', 'LESION_ID', 'KINDS', 'REAL_CHEST', 'Kind', 'Disease', 'Patient', 'patient', 'smooth_field', 'Scanner',
+           'Phantom', 'cardiothoracic_ratio', 'thorax_phantom', 'appearance']
 
 # %% ../../nbs/01_data/04_phantom.ipynb #ab9f76d4
 PHANTOM_IDS = { # structure -> id of Table 7
@@ -762,7 +762,7 @@ def _atelectasis(g, lung, plan, dome):
         g.paint(d, -20, 0, ..., np.clip(.5 - lung/g.h, 0, 1))
         _region(g, d < 0, lung, "atelectasis")
 
-# %% ../../nbs/01_data/04_phantom.ipynb #8e454a11
+# %% ../../nbs/01_data/04_phantom.ipynb #3380ac2a
 _CORONARIES = [[(30,-44,84), (44,-68,66), (62,-72,46), (80,-62,26)], [(4,-54,80), (-12,-58,64), (-14,-52,44), (0,-44,24)], [(36,-30,82), (62,-16,70), (84,-16,52)]]
 
 def _calcification(g, plan, tubes):
@@ -784,6 +784,8 @@ def _calcification(g, plan, tubes):
 def _findings(g, lung, dome, tubes, plans):
     "Paint what was asked for; a diffuse finding before a focal one, fluid last"
     g.masks = {}
+    air = np.isin(g.label, (*_LOBES.values(), _ID["vessel"], _ID["airway"]))       # a rib may reach into the lung; it stays bone
+    lung = np.where(air, lung, np.maximum(lung, np.float32(.5*g.h)))
     order = ("emphysema", "ground glass", "atelectasis", "consolidation", "nodule", "effusion", "calcification", "cardiomegaly")
     for p in sorted(plans, key=lambda p: order.index(p.disease.kind)):
         match p.disease.kind:
@@ -821,8 +823,31 @@ def _paint(who, tree, z, y, x):
     g.label[body >= 0] = 0
     return g.hu, g.label, g.masks
 
-# %% ../../nbs/01_data/04_phantom.ipynb #ce5ad7ef
-def _clean(who, tree, shape, spacing, slab=6_000_000):
+# %% ../../nbs/01_data/04_phantom.ipynb #24822ed2
+@dataclass(frozen=True)
+class Scanner:
+    "What blur and noise depend on; the default is what `thorax_phantom` does unasked"
+    dose:float=2.5e5              # photons per ray; where `slice_mm` is given, of a slice of 2.5 mm
+    kernel:str="soft"             # soft or sharp
+    slice_mm:float|None=None      # thickness; None: the spacing, at least 2.5 mm, and dose is taken as it is
+
+    def __post_init__(self):
+        number = lambda x: isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and math.isfinite(x)
+        if not (number(self.dose) and 1e3 <= self.dose <= 1e9): raise DataError(f"Scanner: dose {self.dose!r}; expected photons per ray between 1e3 (very noisy) and 1e9")
+        if self.kernel not in ("soft", "sharp"): raise DataError(f"Scanner: kernel {self.kernel!r}; expected soft or sharp")
+        if self.slice_mm is not None and not (number(self.slice_mm) and .3 <= self.slice_mm <= 10): raise DataError(f"Scanner: slice_mm {self.slice_mm!r}; expected 0.3 to 10 mm, or None")
+
+    @property
+    def photons(self) -> float:
+        "Per ray of one slice: a slice twice as thick collects twice as many"
+        return self.dose*(1 if self.slice_mm is None else self.slice_mm/2.5)
+
+    def blur(self, between:float) -> tuple[float, float]:
+        "sd in mm along the patient and in the plane, for slices `between` mm apart"
+        return .43*(max(2.5, between) if self.slice_mm is None else self.slice_mm), .62 if self.kernel == "soft" else .2
+
+# %% ../../nbs/01_data/04_phantom.ipynb #18c2aeab
+def _clean(who, tree, shape, spacing, slab=6_000_000, scanner=Scanner()):
     "Paint slabs of slices with a margin, blur, keep the middle: memory stays flat"
     from scipy.ndimage import gaussian_filter
     sub = 2*math.ceil((spacing[0]/2.5 - 1)/2 - 1e-6) + 1 if spacing[0] > 2.5 else 1    # odd, so that one lies in the middle
@@ -835,7 +860,8 @@ def _clean(who, tree, shape, spacing, slab=6_000_000):
         first = (start - margin)*sub - sub//2
         z = (np.arange(first, (stop + margin)*sub - sub//2)/sub - (shape[0] - 1)/2)*spacing[0] + _CENTRE[2]
         a, l, m = _paint(who, tree, z, y, x)
-        a = gaussian_filter(a, (.43*max(2.5, spacing[0])/fine, .62/spacing[1], .62/spacing[2]), mode="nearest")
+        along, across = scanner.blur(spacing[0])
+        a = gaussian_filter(a, (along/fine, across/spacing[1], across/spacing[2]), mode="nearest")
         keep = slice(margin*sub + sub//2, (margin + stop - start)*sub, sub)
         hu[start:stop], label[start:stop] = a[keep], l[keep]
         for kind, part in m.items():
@@ -844,11 +870,11 @@ def _clean(who, tree, shape, spacing, slab=6_000_000):
             masks.setdefault(kind, np.zeros(shape, bool))[start:stop] = part
     return np.rint(np.clip(hu, -1024, 3071)), label, masks
 
-# %% ../../nbs/01_data/04_phantom.ipynb #ce626886
+# %% ../../nbs/01_data/04_phantom.ipynb #7eceb7bc
 _WATER = .0193      # attenuation of water, 1/mm, at 70 keV effective
 
-def _fbp_noise(hu, pixel, rng, photons, views=180):
-    "Quantum and electronic noise of each slice, HU; parallel beam, ramp with a Hann window"
+def _fbp_noise(hu, pixel, rng, photons, kernel="soft", views=180):
+    "Quantum and electronic noise of each slice, HU; parallel beam, ramp with a Hann window (soft) or without (sharp)"
     from skimage.transform import iradon, radon
     rows, columns = hu.shape[1:]
     r, c = np.ogrid[:rows, :columns]
@@ -862,22 +888,22 @@ def _fbp_noise(hu, pixel, rng, photons, views=180):
         i, j = np.ogrid[:side, :side]; mu[(i - side//2)**2 + (j - side//2)**2 > (side//2)**2] = 0
         q = radon(mu, angles, circle=True).astype(np.float64)*pixel
         n = np.maximum(rng.poisson(photons*np.exp(-np.maximum(q, 0))) + rng.normal(0, 8, q.shape), 1)
-        back = iradon((-np.log(n/photons) - q)/pixel, angles, filter_name="hann", circle=False, output_size=side)
+        back = iradon((-np.log(n/photons) - q)/pixel, angles, filter_name="hann" if kernel == "soft" else "ramp", circle=False, output_size=side)
         out[k] = back[top:top + rows, left:left + columns]*(1000/_WATER)
     return out
 
-# %% ../../nbs/01_data/04_phantom.ipynb #98c86b1f
-def _cheap_noise(hu, spacing, rng, photons):
+# %% ../../nbs/01_data/04_phantom.ipynb #676b9b16
+def _cheap_noise(hu, spacing, rng, photons, kernel="soft"):
     "Coloured noise, HU: right spectrum, no streaks"
     from scipy.ndimage import gaussian_filter
     h = max(spacing[1:])
     f = np.hypot(np.fft.fftfreq(hu.shape[1], spacing[1])[:, None], np.fft.rfftfreq(hu.shape[2], spacing[2])[None])*2*h    # Nyquist = 1
-    fc = float(np.interp(h, (.7, 1.4, 2.8), (.5, .75, 1.2)))
+    fc = float(np.interp(h, (.7, 1.4, 2.8), (.5, .75, 1.2)))*(1 if kernel == "soft" else 2)
     amplitude = np.where(f < fc, np.sqrt(f)*(1 + np.cos(np.pi*f/fc))/2, 0)
     plain = rng.standard_normal(hu.shape)
     out = np.fft.irfft2(np.fft.rfft2(plain)*amplitude, hu.shape[1:])
     power = np.fft.fft2(np.fft.irfft2(amplitude, hu.shape[1:]))                      # its sd is known beforehand
-    out *= 14/h*math.sqrt(2.5e5/photons)/max(float(np.sqrt((np.abs(power)**2).mean())), 1e-9)
+    out *= 14/h*(1 if kernel == "soft" else 2.65)*math.sqrt(2.5e5/photons)/max(float(np.sqrt((np.abs(power)**2).mean())), 1e-9)
     weight = np.stack([gaussian_filter((plane > -500).astype(np.float32), (17/spacing[1], 17/spacing[2])) for plane in hu])
     return (out*(.65 + .45*weight)).astype(np.float32)
 
@@ -1009,7 +1035,7 @@ def _described(masks, columns, mask):
     if "cardiomegaly" not in masks: said.append("The heart is of normal size.")
     return " ".join(said), _list([_SHORT[k] if not n else _SHORT[k].lower() for n, k in enumerate(masks)]) + "." if masks else "Normal chest CT."
 
-# %% ../../nbs/01_data/04_phantom.ipynb #dc4707a9
+# %% ../../nbs/01_data/04_phantom.ipynb #47ac1105
 def thorax_phantom(
     shape:tuple[int,int,int]=(65, 128, 128),         # slices, rows, columns
     spacing:tuple[float,float,float]=(4., 2.8, 2.8), # mm
@@ -1018,18 +1044,73 @@ def thorax_phantom(
     photons:float=2.5e5,                             # per ray: the dose
     contrast:float=1.,                               # contrast agent: 0 native .. 1 CT angiography
     *,
+    scanner:Scanner|None=None,                       # dose, kernel, slice thickness; None: `photons`, soft, slices as thick as they are apart
     findings:tuple[str|Disease, ...]=("nodule",),    # keys of KINDS, or Diseases where size or place matter; (): healthy
 ) -> Phantom: # all volumes on one grid
     "Draw a labelled thorax; one seed is one patient at every voxel size, dose and shape"
     shape, spacing, kind = _checked(shape, spacing, seed, noise, photons, contrast)
-    diseases = _asked(findings)
+    scanner, diseases = scanner or Scanner(photons), _asked(findings)
     who = _with_heart(patient(int(seed), float(contrast)), diseases)
-    hu, label, masks = _clean(who, _tree_of(who, diseases), shape, spacing)
+    hu, label, masks = _clean(who, _tree_of(who, diseases), shape, spacing, scanner=scanner)
     masks, lesion, columns = _settled(masks, shape)
     clean = ct_volume(hu, spacing, "thorax_phantom", synthetic=True)
     ct = clean
     if kind != "none":
         rng = _rng(int(seed), "noise")
-        grain = _fbp_noise(hu, spacing[1], rng, photons) if kind == "fbp" else _cheap_noise(hu, spacing, rng, photons)
+        grain = _fbp_noise(hu, spacing[1], rng, scanner.photons, scanner.kernel) if kind == "fbp" else _cheap_noise(hu, spacing, rng, scanner.photons, scanner.kernel)
         ct = clean.with_array(np.rint(np.clip(hu + _along_slices(grain, kind == "cheap"), -1024, 3071)).astype(np.float32))
     return Phantom(ct, clean, clean.with_array(label), clean.with_array(lesion), who, kind, masks, columns, *_described(masks, columns, clean.with_array(label)))
+
+# %% ../../nbs/01_data/04_phantom.ipynb #ae1a0142
+def appearance(
+    ct:CTVolume,           # HU
+    body:np.ndarray,       # bool, the body with its lungs
+    lung:np.ndarray,       # bool, the lungs with their vessels
+) -> dict[str, float]: # named figures
+    "What a chest CT looks like, in figures that do not know its anatomy"
+    hu = np.clip(ct.array, -1000, 1000).astype(np.float32)
+    inside = hu[body]
+    def peak(low, high):
+        n, edges = np.histogram(inside, np.arange(low, high + 1, 8))
+        return float(edges[np.convolve(n, (1, 2, 1), "same").argmax()] + 4)
+    out = {"lung peak, HU": peak(-1000, -700), "fat peak": peak(-160, -40), "soft peak": peak(0, 120)}
+    edges = (-950, -750, -500, -150, -50, 0, 100, 300)
+    names = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in zip(edges[:-1], edges[1:])), f"above {edges[-1]}"]
+    out |= {f"share {n}": c/len(inside) for n, c in zip(names, np.histogram(inside, (-1001, *edges, 1001))[0].tolist())}
+    steep = np.percentile(np.hypot(*np.gradient(hu, axis=(1, 2)))[body], (10, 50, 90, 99))
+    step = np.percentile(np.abs(np.diff(hu, axis=0))[body[1:] & body[:-1]], (10, 50, 90, 99))
+    out |= {f"gradient p{q}, HU a voxel": float(x) for q, x in zip((10, 50, 90, 99), steep)} | {f"next slice p{q}, HU": float(x) for q, x in zip((10, 50, 90, 99), step)}
+    return out | _powers(hu, body) | _textures(hu, body, lung, ct.spacing[1])
+
+def _powers(hu, body):
+    "Mean power spectra of Hann-windowed slices and columns, in bands up to Nyquist"
+    n, (rows, columns) = len(hu), hu.shape[1:]
+    plane = (np.abs(np.fft.fft2((hu + 1000)*np.outer(np.hanning(rows), np.hanning(columns)).astype(np.float32)))**2).mean(0)/(rows*columns)
+    f = np.hypot(np.fft.fftfreq(rows)[:, None], np.fft.fftfreq(columns)[None])*2
+    along = (np.abs(np.fft.rfft((hu + 1000)[:, body.any(0)]*np.hanning(n)[:, None], axis=0))**2).mean(1)/n; fz = np.fft.rfftfreq(n)*2
+    band = lambda p, f, k, m: float(np.log10(p[(f >= k/m) & (f < (k + 1)/m + (k == m - 1)*1e-9)].mean()))
+    return {f"log10 power {k + 1}/8": band(plane, f, k, 8) for k in range(8)} | {f"log10 power along z {k + 1}/6": band(along, fz, k, 6) for k in range(6)}
+
+def _textures(hu, body, lung, row_mm):
+    "Density of the lungs, and the sd inside windows of 5x5 pixels that hold one tissue"
+    from scipy.ndimage import uniform_filter
+    v, y = hu[lung], np.nonzero(lung)[1]*row_mm
+    out = {"lung median, HU": float(np.median(v)), "lung above -600": float((v > -600).mean()), "lung below -950": float((v < -950).mean()),
+           "gravity, HU per 100 mm": float(100*np.polyfit(y[v < -700], v[v < -700], 1)[0])}
+    mean = uniform_filter(hu, (1, 5, 5)); sd = np.sqrt(np.maximum(uniform_filter(hu*hu, (1, 5, 5)) - mean**2, 0))
+    for name, tissue, points in (("lung", lung & (hu < -600), (10, 25, 50, 75)), ("soft", body & (hu > -60) & (hu < 160), (10, 25, 50))):
+        full = uniform_filter(tissue.astype(np.float32), (1, 5, 5)) > .999
+        out |= {f"{name} local sd p{q}, HU": float(x) for q, x in zip(points, np.percentile(sd[full], points))}
+    return out
+
+# %% ../../nbs/01_data/04_phantom.ipynb #e48a9f37
+REAL_CHEST = { # the sample chest CT (a CT angiography), slices 44 to 107 from the feet, averaged over 4x4 pixels: 2.8 x 2.8 x 2.5 mm
+    "lung peak, HU": -884, "fat peak": -108, "soft peak": 60, "share below -950": 0.004646, "share -950 to -750": 0.2815, "share -750 to -500": 0.03337,
+    "share -500 to -150": 0.04918, "share -150 to -50": 0.2677, "share -50 to 0": 0.06141, "share 0 to 100": 0.1735, "share 100 to 300": 0.06864,
+    "share above 300": 0.06005, "gradient p10, HU a voxel": 5.959, "gradient p50, HU a voxel": 41.35, "gradient p90, HU a voxel": 349.4,
+    "gradient p99, HU a voxel": 628.6, "next slice p10, HU": 2.75, "next slice p50, HU": 19.94, "next slice p90, HU": 136.4, "next slice p99, HU": 442,
+    "log10 power 1/8": 6.88, "log10 power 2/8": 5.079, "log10 power 3/8": 4.406, "log10 power 4/8": 3.923, "log10 power 5/8": 3.541, "log10 power 6/8": 3.246,
+    "log10 power 7/8": 2.985, "log10 power 8/8": 2.806, "log10 power along z 1/6": 6.287, "log10 power along z 2/6": 4.105, "log10 power along z 3/6": 3.518,
+    "log10 power along z 4/6": 3.074, "log10 power along z 5/6": 2.649, "log10 power along z 6/6": 2.356, "lung median, HU": -870.6, "lung above -600": 0.06189,
+    "lung below -950": 0.01136, "gravity, HU per 100 mm": 32.28, "lung local sd p10, HU": 19.42, "lung local sd p25, HU": 25.68, "lung local sd p50, HU": 36.3,
+    "lung local sd p75, HU": 50.62, "soft local sd p10, HU": 4.983, "soft local sd p25, HU": 6.368, "soft local sd p50, HU": 10.55}

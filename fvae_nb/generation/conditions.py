@@ -16,9 +16,9 @@ from ..data.labels import BODY, DISEASE_CLASSES, DISEASE_OFFSET, TABLE7
 from ..vaes.interface import Latent, WeightsError
 
 # %% auto #0
-__all__ = ['TOP', 'FAMILIES', 'CODES', 'DIVISOR', 'TEXT_ENCODERS', 'PROMPTS', 'disease_map', 'paint', 'lattice', 'Code',
-           'code_named', 'mask_video', 'read_mask_video', 'encode_pieces', 'encode_mask', 'decode_mask', 'TextSpec',
-           'TextEncoder', 'load_text_encoder', 'prompt', 'case_prompt', 'case_maps']
+__all__ = ['TOP', 'FAMILIES', 'CODES', 'DIVISOR', 'TEXT_ENCODERS', 'PROMPTS', 'disease_map', 'paint', 'split_painted', 'lattice',
+           'Code', 'code_named', 'mask_video', 'read_mask_video', 'encode_pieces', 'encode_mask', 'decode_mask',
+           'TextSpec', 'TextEncoder', 'load_text_encoder', 'prompt', 'case_prompt', 'case_maps']
 
 # %% ../../nbs/07_generation/01_conditions.ipynb #66b404ca
 TOP = max(DISEASE_CLASSES) + DISEASE_OFFSET   # 262, the largest id a painted map holds
@@ -45,14 +45,27 @@ def paint(
     if disease is not None: np.copyto(out, disease.astype(np.uint16), where=disease > 0)
     return out
 
-# %% ../../nbs/07_generation/01_conditions.ipynb #2f6ac118
+# %% ../../nbs/07_generation/01_conditions.ipynb #d788032b
+def split_painted(
+    labels:CTVolume, # Table 7 with diseases 250..262 painted over
+) -> tuple[CTVolume, CTVolume|None]: # organs, diseases (None where there are none)
+    "A painted map as two"
+    from scipy.ndimage import distance_transform_edt
+    sick = labels.array >= 250
+    unknown = sorted(set(np.unique(labels.array).tolist()) - {0, *TABLE7, *range(250, TOP + 1)})
+    if unknown: raise DataError(f"{labels.name or 'label map'}: ids {unknown[:8]} are neither in Table 7 nor diseases (250 to 262); translate the map with from_source first")
+    if not sick.any(): return labels.with_array(labels.array.astype(np.uint8)), None
+    near = distance_transform_edt(sick, labels.spacing, return_distances=False, return_indices=True)
+    return labels.with_array(labels.array[tuple(near)].astype(np.uint8)), labels.with_array(np.where(sick, labels.array, 0).astype(np.uint16))
+
+# %% ../../nbs/07_generation/01_conditions.ipynb #8bf833a0
 FAMILIES = { # corner of the (red, green, blue) cube -> groups of Table 7 or single ids that live there, the largest first
     (0, 0, 0): ("lung",),
     (1, 1, 1): (133, "airway"),
-    (1, 0, 0): (BODY, "muscle"),
+    (1, 0, 0): (BODY, "muscle", 8, 9, 15, 118),
     (0, 1, 1): ("rib",),
     (1, 1, 0): (261, 259, 250, 254, 253, 257, 256, 252, 251, 262, 255, 258, 260, "lesion"),
-    (0, 1, 0): (115, "heart", "vessel", 8, 9, 15, 118),
+    (0, 1, 0): (115, "heart", "vessel"),
     (1, 0, 1): ("vertebra", "neuro"),
     (0, 0, 1): (0, "bone", "organ")}     # the air outside, and what never touches it
 
@@ -61,9 +74,11 @@ def _members(family):
     return list(dict.fromkeys(i for item in family for i in ([item] if isinstance(item, int) else [k for k, l in TABLE7.items() if l.group == item])))
 
 def _places(count, levels):
-    "`count` places about the corner (1, 1, 1): each far from the two before, near the corner where that costs nothing"
+    "`count` places about the corner (1, 1, 1): each far from the two before, near the corner where that costs nothing; where there is room the first member, the largest, keeps the places beside it free"
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    chosen = []
+    apart = np.linalg.norm(1 - grid, axis=1)
+    roomy = grid[(apart == 0) | (apart > 1.5*(levels[0] - levels[1]))]       # a VAE shifts saturated colours by a tenth or two
+    grid, chosen = roomy if len(roomy) >= count else grid, []
     for _ in range(count):
         gain = [-np.inf if k in chosen else round(min((np.linalg.norm(grid[k] - grid[j]) for j in chosen[-2:]), default=0) - .5*np.abs(1 - grid[k]).sum(), 6) for k in range(len(grid))]
         chosen.append(int(np.argmax(gain)))
@@ -227,7 +242,7 @@ class TextEncoder:
         "How much of a prompt is lost"
         return max(0, len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) - self.tokens)
 
-# %% ../../nbs/07_generation/01_conditions.ipynb #4700ddb8
+# %% ../../nbs/07_generation/01_conditions.ipynb #1cff8f77
 def _text_folder(spec, weights):
     "Where an encoder's files lie: argument, package, settings, cache, hub"
     from importlib.util import find_spec
@@ -255,10 +270,13 @@ def load_text_encoder(
     folder = _text_folder(spec, weights)
     try: from transformers import BertModel, BertTokenizer
     except ImportError: raise WeightsError(f"text encoder {name}: pip install transformers") from None
+    from transformers.utils import logging
+    was = logging.get_verbosity(); logging.set_verbosity_error(); logging.disable_progress_bar()    # a missing pooler is no news: it is not used
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True)
         net = BertModel.from_pretrained(folder, add_pooling_layer=False)
     except Exception as error: raise WeightsError(f"text encoder {name}: cannot be read from {folder} ({type(error).__name__}); {spec.how}, and name the folder with weights.{name} = FOLDER in settings.ini") from None
+    finally: logging.set_verbosity(was)
     if net.config.hidden_size != spec.width: raise WeightsError(f"text encoder {name}: states of {net.config.hidden_size} in {folder}, expected {spec.width}; these are other weights")
     if tokens and tokens > net.config.max_position_embeddings: raise WeightsError(f"text encoder {name}: {tokens} tokens, it reads {net.config.max_position_embeddings}")
     return TextEncoder(spec, tokenizer, net.to(device), tokens)

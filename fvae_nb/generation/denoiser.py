@@ -91,7 +91,7 @@ class SliceConv(nn.Module):
         w = self.weight[..., 1]
         return F.conv2d(x, w[..., None, None], self.bias, groups=1 if w.shape[1] > 1 else len(w))
 
-# %% ../../nbs/07_generation/03_denoiser.ipynb #e227ba48
+# %% ../../nbs/07_generation/03_denoiser.ipynb #6bb69063
 class _VolumeAttention:
     "Attention whose text belongs to a volume, while its queries come from the frames"
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **ignored):
@@ -99,8 +99,12 @@ class _VolumeAttention:
         B, shape = text.shape[0], hidden_states.shape
         q = attn.to_q(hidden_states).view(B, -1, attn.heads, shape[-1] // attn.heads).transpose(1, 2)
         k, v = (f(text).view(B, -1, attn.heads, shape[-1] // attn.heads).transpose(1, 2) for f in (attn.to_k, attn.to_v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
-        return attn.to_out[0](y)
+        return attn.to_out[0](_attend(q, k, v).transpose(1, 2).reshape(shape))
+
+def _attend(q, k, v):
+    "Scaled dot products; in training on a CPU written out, as the fused kernel's way back is several times slower there"
+    if q.device.type != "cpu" or not torch.is_grad_enabled(): return F.scaled_dot_product_attention(q, k, v)
+    return ((q * q.shape[-1]**-.5) @ k.mT).softmax(-1) @ v
 
 # %% ../../nbs/07_generation/03_denoiser.ipynb #8301c366
 def _unet(c):

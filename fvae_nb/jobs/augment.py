@@ -12,8 +12,9 @@ from ..running.cases import JobError, Run, Unit, canonical, done, fingerprint, p
 from ..running.jobs import JobParams, Place, do_units, locked, place
 
 # %% auto #0
-__all__ = ['Params', 'manifest_rows', 'folds_of', 'cases', 'Scans', 'labelled', 'recipe_of', 'train_unit', 'test_unit', 'run',
-           'read_rows', 'compare', 'metrics_of', 'table', 'draw_differences', 'show_run', 'keep_results', 'read_kept']
+__all__ = ['Params', 'manifest_rows', 'folds_of', 'cases', 'Scans', 'labelled', 'recipe_of', 'train_unit', 'nnunet_unit',
+           'test_unit', 'run', 'read_rows', 'compare', 'metrics_of', 'table', 'draw_differences', 'show_run',
+           'keep_results', 'read_kept']
 
 # %% ../../nbs/jobs/augment.ipynb #3ad09381
 class Params(JobParams):
@@ -90,7 +91,7 @@ def folds_of(
     if set(part.values()) != {0, 1}: raise JobError("folds = 0: the manifest has neither folds in every row nor rows of both train and test; give a number of folds")
     return check_folds(patients, part)
 
-# %% ../../nbs/jobs/augment.ipynb #908c0282
+# %% ../../nbs/jobs/augment.ipynb #9f6f30ee
 def _inputs(case, root, params):
     "Hashes of what a scan's row is read from"
     if root is None: return [f"phantom seed {case.seed}"]
@@ -107,18 +108,20 @@ def cases(
     from fvae_nb.reconstruction.controls import Operators, control_names
     rows = manifest_rows(params); folds = folds_of(params, rows)
     inputs = {c.id: _inputs(c, root, params) for c, root in rows if c.id in folds}
-    for name, manifest in params.also.items():
-        there = {c.id for c, _ in manifest_rows(params, manifest)}
-        if lost := sorted(folds.keys() - there): raise JobError(f"also.{name}: {manifest} has no {lost[0]}; expected the same ids as the manifest")
     wanted = params.run_folds or ([0] if not params.folds and not all(c.fold is not None for c, _ in rows) else sorted(set(folds.values())))
     if wrong := [f for f in wanted if f not in folds.values()]: raise JobError(f"run_folds: no fold {wrong[0]}; there are {sorted(set(folds.values()))}")
+    tested = {i for i, f in folds.items() if f in wanted}
+    for name, manifest in params.also.items():
+        there = {c.id: (c, root) for c, root in manifest_rows(params, manifest)}
+        if lost := sorted(tested - there.keys()): raise JobError(f"also.{name}: {manifest} has no {lost[0]}; expected the ids of the patients that are tested")
+        inputs |= {f"{i} {name}": _inputs(*there[i], params) for i in sorted(tested)}
     operate, sources = Operators(), []
     for name in params.sources: sources += [name, *(control_names(name, operate.vae(name).spec, tuple(params.denoisers)) if params.control and name != "real" else [])]
     out = [dict(id=f"fold{f}-seed{s}", path=None, hu_mode="hu", bytes=None, sha256=hashlib.sha256(canonical(inputs)).hexdigest(), fold=f, seed=s,
                 train=sorted(i for i, at in folds.items() if at != f), test=sorted(i for i, at in folds.items() if at == f), inputs=inputs) for f in wanted for s in params.seeds]
     return out, [a.name for a in arms(sources, params.views)]
 
-# %% ../../nbs/jobs/augment.ipynb #f558b99d
+# %% ../../nbs/jobs/augment.ipynb #7d374d5b
 class Scans:
     "The labelled scans of a run and their stored reconstructions"
     def __init__(self, params:Params, run:Run, device:str="cpu"):
@@ -137,7 +140,8 @@ class Scans:
         if key not in self._read:
             row, root = self.row(case, manifest)
             frozen = next(iter(self.run.sources.values()))["inputs"]
-            if not manifest and _inputs(row, root, self.params) != frozen[case]: raise JobError(f"{case}: its files are not what they were when this run was made (see cases.json); put the first ones back, or start another run with --run")
+            name = next((f"{case} {n}" for n, m in self.params.also.items() if m == manifest and m), case)
+            if _inputs(row, root, self.params) != frozen[name]: raise JobError(f"{case}: its files are not what they were when this run was made (see cases.json); put the first ones back, or start another run with --run")
             if len(self._read) > 8: self._read.pop(next(iter(self._read)))
             self._read[key] = labelled(self.params, row, root)
         return self._read[key]
@@ -207,7 +211,7 @@ def recipe_of(
     given = {k: v for k in ("steps", "batch", "lr", "patch", "filters", "spacing_mm", "window") if (v := getattr(params, k)) is not None}
     return replace(RECIPES[params.recipe], **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()})
 
-# %% ../../nbs/jobs/augment.ipynb #40f0d19e
+# %% ../../nbs/jobs/augment.ipynb #c341cb4f
 def train_unit(
     scans:Scans, # of the run
     unit:Unit,   # arm, and fold with seed
@@ -227,6 +231,25 @@ def train_unit(
         if step % max(1, steps//10) == 0: print(f"  {unit.model} {unit.case}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     losses = train_net(net, lambda case, other: scans.grid(case, a.source if other else "")[:2], schedule(a.view, here["train"], recipe.steps, recipe.batch, here["seed"]), recipe, device, progress)
     return Segmenter(net, recipe, recipe.spacing_mm or first, list(scans.params.labels)), losses
+
+def nnunet_unit(
+    scans:Scans, # of the run
+    unit:Unit,   # arm, and fold with seed
+    device:str,  # where
+): # a trained NNUNet
+    "The same arm through nnU-Net: in add, a scan and its reconstruction are two files of one patient"
+    from fvae_nb.augmentation.segmenters import NNUNet, train_nnunet
+    from fvae_nb.augmentation.views import arm
+    a, p = arm(unit.model), scans.params
+    def training():
+        out = {}
+        for case in scans.run.sources[unit.case]["train"]:
+            ct, mask = scans.scan(case); patient = scans.row(case)[0].patient
+            for source in {"real": [""], "replace": [a.source], "add": ["", a.source]}[a.view]:
+                image = scans.view(case, source) if source else ct
+                out[case + (f"__{source}" if source else "")] = (scans.cut(image, mask), scans.cut(mask, mask), patient)
+        return out
+    return train_nnunet(NNUNet(scans.run.folder/"nnunet"/unit.model/unit.case, tuple(p.labels), trainer=p.trainer, bin=p.nnunet_bin, device=device), training)
 
 def test_unit(
     scans:Scans, # of the run

@@ -10,7 +10,8 @@ from ..data.ct import CTVolume, DataError, WINDOW
 from ..metrics.image import psnr_of, to_255
 
 # %% auto #0
-__all__ = ['by_slice', 'frame_scores', 'tissue_classes', 'by_tissue', 'by_distance', 'grain', 'true_noise_kept']
+__all__ = ['by_slice', 'frame_scores', 'tissue_classes', 'by_tissue', 'by_distance', 'grain', 'true_noise_kept', 'split_error',
+           'noise_power', 'ball', 'edge_response', 'transfer']
 
 # %% ../../nbs/05_reconstruction/03_residual.ipynb #2fa486ad
 def by_slice(
@@ -107,3 +108,90 @@ def true_noise_kept(
     n, r = (noisy - clean)[where].astype(np.float64), (back - clean)[where].astype(np.float64)
     n, r = n - n.mean(), r - r.mean()
     return dict(correlation=float((n*r).mean() / (n.std()*r.std())), kept=float((n*r).mean() / (n**2).mean()), before=float(n.std()), after=float(r.std()))
+
+# %% ../../nbs/05_reconstruction/03_residual.ipynb #40386dab
+def split_error(
+    noisy:np.ndarray,      # (slice, row, column) HU: x
+    clean:np.ndarray,      # the truth c
+    back:np.ndarray,       # T(x)
+    back_clean:np.ndarray, # T(c)
+    where:np.ndarray|None=None, # boolean: voxels to look at; None: all
+) -> dict: # of the energy of T(x)-x: structure, removed (noise), made (texture), cross (the rest; may be negative), sum 1; kept: share of the noise's amplitude that came through; rms (HU): error, noise, structure, made; to_truth: rms of T(x)-c
+    "How much of T(x)-x is noise taken away, structure lost, texture made"
+    x, c, tx, tc = (np.clip(v, *WINDOW)[where if where is not None else ...].astype(np.float64).ravel() for v in (noisy, clean, back, back_clean))
+    n, lost, out, d = x - c, tc - c, tx - tc, tx - x
+    kept = float((out*n).sum() / max((n*n).sum(), 1e-12))
+    removed, made = (kept - 1)*n, out - kept*n                 # orthogonal by construction
+    total, rms = max((d*d).sum(), 1e-12), lambda v: float(np.sqrt((v*v).mean()))
+    share = lambda v: float((v*v).sum()/total)
+    parts = dict(structure=share(lost), removed=share(removed), made=share(made))
+    return parts | dict(cross=1 - sum(parts.values()), kept=kept, rms=rms(d), noise=rms(n), lost=rms(lost), texture=rms(made), to_truth=rms(tx - c))
+
+# %% ../../nbs/05_reconstruction/03_residual.ipynb #f573c86c
+def noise_power(
+    values:np.ndarray,  # (slice, row, column) HU: noise, or a difference
+    where:np.ndarray,   # boolean: where squares may lie
+    spacing:tuple[float,float,float], # mm
+    size:int=16,        # pixels along a square's side
+) -> tuple[np.ndarray, np.ndarray, int]: # cycles per mm, HU2 mm2, squares found
+    "In-plane noise power spectrum: squares that lie inside `where`, averaged over directions"
+    p = [v[i:i+size, j:j+size] for v, m in zip(values.astype(np.float64), where) for i in range(0, v.shape[0] - size + 1, size//2) for j in range(0, v.shape[1] - size + 1, size//2) if m[i:i+size, j:j+size].mean() > .9]
+    if not p: raise DataError(f"noise_power: no square of {size} pixels fits inside the region; give a larger region or a smaller size")
+    p = np.stack(p); p -= p.mean((1, 2), keepdims=True)
+    r, c = spacing[1:]
+    power = (np.abs(np.fft.fft2(p))**2).mean(0) * r*c / size**2
+    f = np.hypot(np.fft.fftfreq(size, r)[:, None], np.fft.fftfreq(size, c)[None])
+    edges = np.linspace(0, .5/max(r, c), size//2 + 1) + .25/size/max(r, c); at = np.digitize(f, edges)
+    keep = [k for k in range(1, len(edges)) if (at == k).any()]
+    return np.array([f[at == k].mean() for k in keep]), np.array([power[at == k].mean() for k in keep]), len(p)
+
+# %% ../../nbs/05_reconstruction/03_residual.ipynb #49eacc52
+def ball(
+    background:float=-850.,  # HU
+    inside:float=50.,        # HU
+    noise:float=10.,         # HU, white
+    shape:tuple[int,int,int]=(33, 96, 96), # slices, rows, columns
+    spacing:tuple[float,float,float]=(2., 1., 1.), # mm
+    radius_mm:float=22.,     # of the ball
+    seed:int=0,              # of the noise
+) -> tuple[CTVolume, np.ndarray, np.ndarray]: # scan (SYNTHETIC), distance to the surface (mm, + outside), cosine between the surface's normal and the slice axis
+    "A ball with partial volumes, off the grid's centre"
+    from fvae_nb.data.ct import ct_volume
+    axes = [(np.arange(n) - (n - 1)/2)*mm - off for n, mm, off in zip(shape, spacing, (.3, .21, -.37))]
+    z, r, c = np.meshgrid(*axes, indexing="ij", sparse=True)
+    rho = np.sqrt(z**2 + r**2 + c**2); distance = rho - radius_mm; cosine = np.abs(z)/np.maximum(rho, 1e-6)
+    thick = np.sqrt((np.stack([spacing[0]*np.broadcast_to(np.abs(z), rho.shape), spacing[1]*np.broadcast_to(np.abs(r), rho.shape), spacing[2]*np.broadcast_to(np.abs(c), rho.shape)])**2).sum(0))/np.maximum(rho, 1e-6)
+    share = np.clip(.5 - distance/thick, 0, 1)                # of the voxel that lies inside, as for a plane through it
+    hu = background + (inside - background)*share + np.random.default_rng(seed).normal(0, noise, shape)
+    return ct_volume(hu.astype(np.float32), spacing, "ball", synthetic=True), distance, cosine
+
+def edge_response(
+    hu:np.ndarray,       # (slice, row, column)
+    distance:np.ndarray, # mm to the true edge, + outside
+    where:np.ndarray,    # boolean: voxels to use
+    reach_mm:float=8.,   # on both sides
+    step_mm:float=.5,    # bins
+) -> dict: # at (mm), hu (mean); low, high (plateaus); width_mm (10 to 90 %); shift_mm (where half the step is reached, + outward); step: share of the true step is up to the caller
+    "HU against the distance to the true edge"
+    edges = np.arange(-reach_mm, reach_mm + step_mm/2, step_mm); at = (edges[1:] + edges[:-1])/2
+    k = np.digitize(distance, edges) - 1; ok = where & (k >= 0) & (k < len(at))
+    count = np.bincount(k[ok], minlength=len(at))
+    if (count == 0).any(): raise DataError(f"edge_response: no voxel at {at[count == 0][0]:g} mm from the edge; use wider bins or a larger region")
+    profile = np.bincount(k[ok], hu[ok].astype(np.float64), len(at))/count
+    end = max(2, len(at)//8); inner, outer = profile[:end].mean(), profile[-end:].mean()
+    rel = (profile - outer)/(inner - outer) if inner != outer else np.full(len(at), np.nan)
+    def cross(level):                                          # the last bin still above the level, then linear
+        above = np.flatnonzero(rel >= level)
+        if not len(above) or above[-1] + 1 >= len(at): return math.nan
+        i = above[-1]; return float(at[i] + (rel[i] - level)/(rel[i] - rel[i+1])*step_mm)
+    return dict(at=at, hu=profile, low=float(outer), high=float(inner), width_mm=cross(.1) - cross(.9), shift_mm=cross(.5))
+
+def transfer(
+    response:dict,  # of `edge_response`
+    most:float=.5,  # cycles per mm
+) -> tuple[np.ndarray, np.ndarray]: # cycles per mm, modulation (1 at 0)
+    "MTF: the transform of the edge's slope, under a Hann window so that noise in the plateaus stays out"
+    slope = -np.diff(response["hu"])/(response["high"] - response["low"]) * np.hanning(len(response["hu"]) - 1)
+    at = (response["at"][1:] + response["at"][:-1])/2; f = np.linspace(0, most, 26)
+    m = np.abs((slope[None]*np.exp(-2j*np.pi*f[:, None]*at[None])).sum(1))
+    return f, m/m[0]

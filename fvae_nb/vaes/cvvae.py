@@ -288,7 +288,7 @@ class CVVAE(nn.Module):
         "(B, c, 1+k, h, w) -> (B, 3, 1+4k, 8h, 8w)"
         return torch.cat(list(self.decode_stream([z])), 2)
 
-# %% ../../nbs/04_vaes/10_cvvae.ipynb #0a048762
+# %% ../../nbs/04_vaes/10_cvvae.ipynb #fbf4040f
 RELEASES = {"cvvae": ("vae3d", "CVVAEModel"), "cvvae-1.1": ("vae3d_v1-1", "CVVAEModel"), "cvvae-sd3": ("vae3d_sd3", "CVVAESD3Model")} # name -> folder on the hub, class
 _RULES = dict(en_de_n_frames_a_time=16, tile_spatial_size=576, tile_overlap_ratio=.2222)
 _SAME = dict(double_z=True, in_channels=3, half_3d=True, causal_encoder=True, causal_decoder=False, time_n_compress=4, spatial_n_compress=8, num_video_frames=None, reshape_z_dim_to_4=False, reshape_x_dim_to_4=False)
@@ -307,14 +307,15 @@ def build_cvvae(
     network, takes, fixed = _CLASSES[class_name]
     c = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
     for k, v in c.items():
-        if k not in takes | fixed | _RULES: raise WeightsError(f"config.json of {class_name}: {k!r} is not a known key; expected those of AILab-CVC/CV-VAE")
-        if k in fixed and v != fixed[k]: raise WeightsError(f"config.json of {class_name}: {k} = {v!r} is not supported; expected {fixed[k]!r}")
+        if k not in takes | fixed | _RULES: raise WeightsError(f"{class_name}: {k!r} is not a known setting; expected those of AILab-CVC/CV-VAE's config.json")
+        if k in fixed and v != fixed[k]: raise WeightsError(f"{class_name}: {k} = {v!r} is not supported; expected {fixed[k]!r}, as released")
     c = takes | _RULES | c
-    if len(c.get("ch_mult", c.get("block_out_channels"))) != 4: raise WeightsError(f"config.json of {class_name}: expected four levels (strides 4x8x8), got {c.get('ch_mult', c.get('block_out_channels'))}")
+    levels = c.get("ch_mult", c.get("block_out_channels"))
+    if len(levels) != 4: raise WeightsError(f"{class_name}: widths {levels} are not supported; expected four (strides 4x8x8), as released")
     frames, tile, overlap = (c.pop(k) for k in _RULES)
     return CVVAE(*network(**{k: c[k] for k in takes if k != "scaling_factor"}), c["scaling_factor"], frames, tile, overlap)
 
-# %% ../../nbs/04_vaes/10_cvvae.ipynb #ab86fdd3
+# %% ../../nbs/04_vaes/10_cvvae.ipynb #257fbee6
 def _spec(name, row, channels):
     "The same strides for all"
     return VAESpec(name, channels, (4, 8, 8), licence=REGISTRY[row].licence, source=f"AILab-CVC/CV-VAE, {RELEASES[row][0]}" if name == row else "random weights")
@@ -331,8 +332,10 @@ def load(
     except ValueError as error: raise WeightsError(f"{config}: not JSON ({error}); take the one that lies beside the weights on the hub") from None
     if not isinstance(facts, dict): raise WeightsError(f"{config}: holds a {type(facts).__name__}, not a table of settings; take the one that lies beside the weights on the hub")
     if facts.get("_class_name", kind) != kind: raise WeightsError(f"{config}: describes {facts['_class_name']}, not {kind}; {name} is the folder {RELEASES[name][0]} of AILab-CVC/CV-VAE")
+    try:
+        with torch.device("meta"): net = build_cvvae(kind, **facts)
+    except WeightsError as error: raise WeightsError(f"{config}: {error}") from None
     state, digest = read_state(file)
-    with torch.device("meta"): net = build_cvvae(kind, **facts)
     load_strictly(net.to_empty(device="cpu"), state, file)
     return VAE(net.eval().requires_grad_(False), _spec(name, name, net.decoder.conv_in.in_channels), digest)
 

@@ -191,7 +191,7 @@ def device(self:VAE) -> torch.device:
     "Where the weights are"
     return next((p.device for p in self.net.parameters()), torch.device("cpu")) if isinstance(self.net, torch.nn.Module) else torch.device("cpu")
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #4b671864
+# %% ../../nbs/04_vaes/01_interface.ipynb #7c0ff864
 class WeightsError(FVAEError):
     "Weights are missing, damaged or of another network"
 
@@ -240,7 +240,7 @@ REGISTRY = {e.name: e for e in (
                                 ("medvae-2d", "vae_4x_1c_2D.ckpt", "2D VAE of medical images, 4x4 blocks, slice by slice"))),
     *(Entry(name, "fvae_nb.vaes.cvvae:load", ("|".join(f"{at}diffusion_pytorch_model.{kind}" for at in (f"{sub}/", "") for kind in ("safetensors", "bin")),), "none stated",
             f"take {sub}/config.json and the weights beside it of AILab-CVC/CV-VAE on the Hugging Face hub, if its authors allow your use", f"video VAE on {latent}, in pieces of 17 slices", args=(name,))
-      for name, sub, latent in (("cvvae", "vae3d", "the latents of Stable Diffusion 2.1"), ("cvvae-1.1", "vae3d_v1-1", "the same latents, trained longer"), ("cvvae-sd3", "vae3d_sd3", "the latents of Stable Diffusion 3"))),
+      for name, sub, latent in (("cvvae", "vae3d", "the latents of Stable Diffusion 2.1"), ("cvvae-1.1", "vae3d_v1-1", "the same latents, its later weights"), ("cvvae-sd3", "vae3d_sd3", "the latents of Stable Diffusion 3"))),
     _diffusers("hunyuanvideo", "Tencent Hunyuan Community", "causal video VAE", "hunyuanvideo-community/HunyuanVideo"),
     _diffusers("cogvideox", "Apache-2.0", "causal video VAE", "THUDM/CogVideoX-2b"),
     _diffusers("ltx", "LTX-Video Open Weights", "video VAE of 8x32x32 blocks", "Lightricks/LTX-Video"),

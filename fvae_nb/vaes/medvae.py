@@ -195,7 +195,7 @@ def config_of(
                     blocks=sum(k.startswith("encoder.down.0.block.") and k.endswith(".norm2.bias") for k in state), head=len(state["channel_ds.0.bias"]))
     except KeyError as error: raise WeightsError(f"{path}: not MedVAE's weights (no {error.args[0]}); take the file the registry names") from None
 
-# %% ../../nbs/04_vaes/12_medvae.ipynb #6e410878
+# %% ../../nbs/04_vaes/12_medvae.ipynb #8e455fd7
 def _spec(name, row):
     _, dims, s = MODELS[row]
     return VAESpec(name, 1, (s if dims == 3 else 1, s, s), first=0, inputs=1, licence=REGISTRY[row].licence, source=REGISTRY[row].hub if name == row else "random weights", streams=dims == 2)
@@ -221,4 +221,4 @@ def random_copy(
 ) -> VAE: # named NAME-random
     "The real architecture, latent and strides at small widths and random weights: for tests, never for a score"
     _, dims, stride = MODELS[name]
-    return VAE(MedNet(MedVAE(dims, ch=32, mult=(1,)*stride.bit_length(), blocks=1, head=8)).eval().requires_grad_(False), _spec(f"{name}-random", name))
+    return VAE(MedNet(MedVAE(dims, ch=32, mult=(1,) + (2,)*(stride.bit_length() - 1), blocks=1, head=8)).eval().requires_grad_(False), _spec(f"{name}-random", name))
