@@ -28,7 +28,7 @@ def expect_fail(
     except FVAEError as error: print(f"{type(error).__name__}: {error}")
     else: raise AssertionError("this was expected to fail and did not")
 
-# %% ../nbs/00_settings.ipynb #5f6ad0f4
+# %% ../nbs/00_settings.ipynb #69c6f44a
 def _cache() -> Path:
     from platformdirs import user_cache_path
     return user_cache_path("fvae_nb")
@@ -43,6 +43,7 @@ class Settings(BaseModel):
     accept_licence:tuple[str, ...] = Field((), description="VAEs whose terms you accept, by name, commas between (non-commercial weights ask for it)")
     roots:dict[str, Path] = Field(default_factory=dict, description="from data_root.NAME lines")
     weight_folders:dict[str, Path] = Field(default_factory=dict, description="from weights.NAME lines")
+    slurm:dict[str, str] = Field(default_factory=dict, description="from slurm.NAME lines: partition, account, time, mem, cpus, gpus, limit")
     file:Path|None = Field(None, description="the settings.ini that was read")
 
     @field_validator("device")
@@ -65,7 +66,7 @@ class Settings(BaseModel):
         return self.weight_folders.get(vae)
 
 _KEYS = ("cache", "data_root", "weights", "device", "accept_licence")
-_FAMILIES = {"data_root": "roots", "weights": "weight_folders"}
+_FAMILIES = {"data_root": "roots", "weights": "weight_folders", "slurm": "slurm"}
 
 # %% ../nbs/00_settings.ipynb #e7ad2430
 def find_settings(
@@ -80,7 +81,7 @@ def find_settings(
     file = user_config_path("fvae_nb")/"settings.ini"
     return file if file.is_file() else None
 
-# %% ../nbs/00_settings.ipynb #18210924
+# %% ../nbs/00_settings.ipynb #82dffe1f
 def _read_file(file):
     "[fvae] of a file: {key: (value, line number)}, told with the line where it is wrong"
     parser = configparser.ConfigParser(default_section="__none__", interpolation=None, inline_comment_prefixes=(";", "#"))
@@ -95,7 +96,7 @@ def _read_file(file):
         family, _, name = key.partition(".")
         if key not in _KEYS and not (name and family in _FAMILIES):
             near = difflib.get_close_matches(key, _KEYS, 1)
-            raise SettingsError(f"{file}:{lines.get(key, '?')}: unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "") + f"; known: {', '.join(_KEYS)}, data_root.NAME, weights.NAME")
+            raise SettingsError(f"{file}:{lines.get(key, '?')}: unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "") + f"; known: {', '.join(_KEYS)}, data_root.NAME, weights.NAME, slurm.NAME")
         if value.strip(): out[key] = (value.strip(), lines.get(key, "?"))
     return out
 
@@ -108,14 +109,15 @@ def settings(
     if file:
         for key, (value, line) in _read_file(file).items():
             family, _, name = key.partition(".")
-            value = str((file.parent/Path(value).expanduser()).resolve()) if family not in ("device", "accept_licence") else value   # paths start at the file
+            value = str((file.parent/Path(value).expanduser()).resolve()) if family not in ("device", "accept_licence", "slurm") else value   # paths start at the file
             if name: values.setdefault(_FAMILIES[family], {})[name] = value
             else: values[key] = value
             where[_FAMILIES[family] if name else key] = f"{file}:{line}"
     for key in _KEYS:
         if value := os.environ.get(f"FVAE_{key.upper()}"): values[key], where[key] = value, f"FVAE_{key.upper()}"
+    for family, field in _FAMILIES.items():
         for full, value in os.environ.items():
-            if key in _FAMILIES and full.startswith(f"FVAE_{key.upper()}__"): values.setdefault(_FAMILIES[key], {})[full.split("__", 1)[1].lower()] = value
+            if full.startswith(f"FVAE_{family.upper()}__"): values.setdefault(field, {})[full.split("__", 1)[1].lower()] = value
     values |= {k: v for k, v in arguments.items() if v is not None}
     where |= {k: f"argument {k}" for k in arguments}
     try: return Settings(**values, file=file)

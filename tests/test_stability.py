@@ -102,7 +102,7 @@ def test_spacing_decides_about_the_tolerance():
 
 def test_hu_of_organ_and_core():
     organ = box((10, 20, 20), 2, 8, 4, 16, 4, 16)
-    core = box((10, 20, 20), 3, 7, 7, 13, 7, 13)
+    core = box((10, 20, 20), 4, 6, 8, 12, 8, 12)
     ct = ct_volume(np.zeros((10, 20, 20), np.float32), (2., 1., 1.))
     back = ct.with_array(np.where(core, 30, 0).astype(np.float32))
     found = hu_change(ct, back, organ, core_mm=3.9)

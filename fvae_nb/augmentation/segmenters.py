@@ -40,13 +40,14 @@ RECIPES = { # spec: about the datasets' median spacings, patch 96^3, positives 2
     "small": Recipe(patch=(16, 64, 64), filters=(8, 16, 32, 64), steps=150, lr=3e-3, overlap=.25),
 }
 
-# %% ../../nbs/06_augmentation/02_segmenters.ipynb #50bc9d78
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #e3c03ecc
 def plan_levels(
     spacing:Sequence[float], # mm along slices, rows, columns
     patch:Sequence[int],     # voxels
     levels:int,              # of the network
 ) -> tuple[list, list]: # kernel and stride of each level
     "nnU-Net's rule: an axis is halved and convolved where its voxels are at most twice the finest. Source: MONAI's dynunet_pipeline"
+    if levels < 3: raise DataError(f"{levels} levels: DynUNet has at least 3; give three filters or more")
     spacing, size, kernels, strides = list(spacing), list(patch), [], [[1, 1, 1]]
     for level in range(levels):
         fine = [s <= 2*min(spacing) for s in spacing]
@@ -218,20 +219,20 @@ def train_segmenter(
     losses = train_net(net, lambda case, other: (images[case, other], masks[case]), schedule(view, list(scans), recipe.steps, recipe.batch, seed), recipe, device, progress)
     return Segmenter(net, recipe, grid, labels), losses
 
-# %% ../../nbs/06_augmentation/02_segmenters.ipynb #3283acb2
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #46d9c54e
 def score(
     truth:CTVolume,       # integer labels
     found:CTVolume,       # the same grid
     labels:Sequence[str], # names of labels 1, 2, ...
     tolerance_mm:float=2., # tau of the surface Dice
-    union:bool=False,     # the first label means all of them (a pancreas with its tumour)
+    union:str="",         # this label is scored together with all others (a pancreas with its tumour)
 ) -> dict[str, float]: # dsc.NAME and nsd.NAME in percent; nan where truth and found are both empty
     "Dice and symmetric surface Dice per label, as Table 1 prints them"
     from fvae_nb.metrics.masks import dice, surface_dice
     check_same_grid(found, truth)
     out = {}
     for n, name in enumerate(labels, 1):
-        a, b = ((v.array > 0) if union and n == 1 else v.array == n for v in (truth, found))
+        a, b = ((v.array > 0) if name == union else v.array == n for v in (truth, found))
         out |= {f"dsc.{name}": 100*dice(a, b), f"nsd.{name}": 100*surface_dice(a, b, truth.spacing, tolerance_mm)}
     return out
 

@@ -91,7 +91,7 @@ def boundary_shift(
     back = cKDTree(fa[0]).query(other)[0]
     return dict(mean=float(np.average(sign*d, weights=w)), size=float(np.average(d, weights=w)), p95=_quantile(d, w, .95), far=max(_quantile(d, w, .95), _quantile(back, v, .95)))
 
-# %% ../../nbs/06_augmentation/03_stability.ipynb #3b996b78
+# %% ../../nbs/06_augmentation/03_stability.ipynb #385995ba
 def hu_change(
     real:CTVolume,       # the scan
     back:CTVolume,       # its reconstruction
@@ -103,7 +103,7 @@ def hu_change(
     if not organ.any(): return dict(bias=math.nan, core=math.nan, rms=math.nan, ml=0.)
     where = np.argwhere(organ); box = tuple(slice(a, b) for a, b in zip(where.min(0), where.max(0) + 1)); m = organ[box]
     d = (np.clip(back.array[box], *WINDOW) - np.clip(real.array[box], *WINDOW)).astype(np.float64)
-    inner = distance_transform_edt(np.pad(m, 1), sampling=real.spacing)[1:-1, 1:-1, 1:-1] > core_mm
+    inner = distance_transform_edt(np.pad(m, 1), sampling=real.spacing)[1:-1, 1:-1, 1:-1] - min(real.spacing)/2 > core_mm   # from the border, not from the next voxel's centre
     return dict(bias=float(d[m].mean()), core=float(d[inner].mean()) if inner.any() else math.nan, rms=float(np.sqrt((d[m]**2).mean())), ml=float(m.sum()*np.prod(real.spacing)/1000))
 
 # %% ../../nbs/06_augmentation/03_stability.ipynb #6117d699

@@ -170,14 +170,14 @@ def by_size(
         out.append(dict(low=low, high=high, n=len(r), n_ignored=sum(x["ignored"] for x in r), share=middle("share"), offset_mm=middle("offset_mm")))
     return out
 
-# %% ../../nbs/08_evaluation/05_adherence.ipynb #8fe4fef9
+# %% ../../nbs/08_evaluation/05_adherence.ipynb #0cf52cd5
 def off_target(
     made:CTVolume,               # the generated volume
     organs:np.ndarray,           # ids of Table 7 of its mask
     disease:np.ndarray|None=None, # bool: where a finding was asked for
-    thick_mm:float=7.,           # thinner things are vessels
+    thick_mm:float=10.,          # thinner things are vessels; at least three voxels
     border_mm:float=5.,          # of the lung left out
-    least_ml:float=.3,           # smaller regions are passed over
+    least_ml:float=.5,           # smaller regions are passed over
     denser_than:float=-500.,     # HU
 ) -> list[dict]: # ml, centre (slice, row, column), mean HU; the largest first
     "Dense regions in the lung that no mask asks for"
@@ -186,6 +186,7 @@ def off_target(
     if not lung.any(): raise DataError(f"{made.name or 'volume'}: its mask holds no lung (ids 28 to 32); off-target findings are looked for there")
     inner = distance_transform_edt(lung, sampling=made.spacing) > border_mm
     dense = (made.array > denser_than) & lung
+    thick_mm = max(thick_mm, 3.2*max(made.spacing))
     core = (distance_transform_edt(dense, sampling=made.spacing) > thick_mm/2) & inner
     if disease is not None and disease.any(): core &= distance_transform_edt(~disease, sampling=made.spacing) > border_mm
     grown = dense & inner & (distance_transform_edt(~core, sampling=made.spacing) <= thick_mm/2) if core.any() else core

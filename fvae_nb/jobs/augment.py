@@ -16,13 +16,13 @@ __all__ = ['Params', 'manifest_rows', 'folds_of', 'cases', 'Scans', 'labelled', 
            'test_unit', 'run', 'read_rows', 'compare', 'metrics_of', 'table', 'draw_differences', 'show_run',
            'keep_results', 'read_kept']
 
-# %% ../../nbs/jobs/augment.ipynb #3ad09381
+# %% ../../nbs/jobs/augment.ipynb #748aa856
 class Params(JobParams):
     "Train segmenters on scans, on reconstructions, on both"
     manifest:Place = Field("phantom", description="a .jsonl or .csv manifest, msd_task06_lung, msd_task07_pancreas, or 'phantom' (drawn here, SYNTHETIC)")
     patients:int = Field(4, ge=2, description="how many phantoms are drawn")
     mask:Literal["tumor", "organ", "disease"] = Field("organ", description="which masks of the manifest: tumor (its own ids), organ (ids of Table 7), disease (1: any finding)")
-    labels:dict[str, list[int]] = Field({"heart": [115]}, min_length=1, description="what is learnt: name -> ids in the mask; the order gives labels 1, 2, ...")
+    labels:dict[str, list[int]] = Field({"heart": [115]}, min_length=1, description="what is learnt: name -> ids in the mask; alphabetically they are labels 1, 2, ...")
     sources:list[str] = Field(["tiny"], description="VAEs by name")
     control:bool = Field(True, description="add, for each VAE, the linear control at its budget and the denoisers at its distance")
     denoisers:list[str] = Field(["gaussian"], description="of gaussian, tv, nlm")
@@ -43,7 +43,7 @@ class Params(JobParams):
     test_on:list[Literal["real", "same"]] = Field(["real"], min_length=1, description="real: scans for every arm; same: reconstructions for arms that trained on them")
     also:dict[str, Place] = Field({}, description="name -> manifest with the same ids: other scans of the test patients, for example from another scanner")
     tolerances_mm:list[float] = Field([2., 1., 3., 5.], min_length=1, description="of the surface Dice; the first is the headline")
-    union:bool = Field(False, description="score the first label with all others in it")
+    union:str = Field("", description="score this label with all others in it (a pancreas with its tumour)")
     protocol:Literal["exact", "paper"] = Field("exact", description="how reconstructions are made, as in reconstruct")
     views_folder:Place = Field("", description="where reconstructions are kept; empty: views/ of the run")
     trainer:str = Field("nnUNetTrainer", description="nnU-Net's trainer class")
@@ -58,7 +58,7 @@ class Params(JobParams):
         if wrong := [x for x in v if x not in VIEWS]: raise ValueError(f"{wrong[0]!r}: expected {', '.join(VIEWS)}")
         return v
 
-# %% ../../nbs/jobs/augment.ipynb #afa7d197
+# %% ../../nbs/jobs/augment.ipynb #0892758d
 def manifest_rows(
     params:Params,   # of the job
     manifest:str="", # another one of the same kind; empty: the job's
@@ -82,16 +82,16 @@ def folds_of(
     params:Params, # of the job
     rows:list,     # from `manifest_rows`
 ) -> dict[str, int]: # case id -> fold; a fold is what is tested, all others are trained on
-    "The folds: made here, or the manifest's; never two of one patient"
+    "The folds: made here, or the manifest's, or its test rows as fold 0 and its training rows as -1; never two of one patient"
     from fvae_nb.augmentation.views import assign_folds, check_folds
     patients = {c.id: c.patient for c, _ in rows}
     if params.folds: return assign_folds(patients, params.folds)
     if all(c.fold is not None for c, _ in rows): return check_folds(patients, {c.id: c.fold for c, _ in rows})
-    part = {c.id: 0 if c.split.endswith("test") else 1 for c, _ in rows if c.split.endswith(("train", "test"))}
-    if set(part.values()) != {0, 1}: raise JobError("folds = 0: the manifest has neither folds in every row nor rows of both train and test; give a number of folds")
+    part = {c.id: 0 if c.split.endswith("test") else -1 for c, _ in rows if c.split.endswith(("train", "test"))}
+    if set(part.values()) != {0, -1}: raise JobError("folds = 0: the manifest has neither folds in every row nor rows of both train and test; give a number of folds")
     return check_folds(patients, part)
 
-# %% ../../nbs/jobs/augment.ipynb #9f6f30ee
+# %% ../../nbs/jobs/augment.ipynb #7347af1e
 def _inputs(case, root, params):
     "Hashes of what a scan's row is read from"
     if root is None: return [f"phantom seed {case.seed}"]
@@ -108,8 +108,8 @@ def cases(
     from fvae_nb.reconstruction.controls import Operators, control_names
     rows = manifest_rows(params); folds = folds_of(params, rows)
     inputs = {c.id: _inputs(c, root, params) for c, root in rows if c.id in folds}
-    wanted = params.run_folds or ([0] if not params.folds and not all(c.fold is not None for c, _ in rows) else sorted(set(folds.values())))
-    if wrong := [f for f in wanted if f not in folds.values()]: raise JobError(f"run_folds: no fold {wrong[0]}; there are {sorted(set(folds.values()))}")
+    there = sorted({f for f in folds.values() if f >= 0}); wanted = params.run_folds or there
+    if wrong := [f for f in wanted if f not in there]: raise JobError(f"run_folds: no fold {wrong[0]}; there {'are' if len(there) > 1 else 'is only'} {', '.join(map(str, there))}")
     tested = {i for i, f in folds.items() if f in wanted}
     for name, manifest in params.also.items():
         there = {c.id: (c, root) for c, root in manifest_rows(params, manifest)}
@@ -177,7 +177,7 @@ class Scans:
             self._grid[case, source] = to_grid(self.cut(image, mask), self.cut(mask, mask), self.recipe)
         return self._grid[case, source]
 
-# %% ../../nbs/jobs/augment.ipynb #f561e2d7
+# %% ../../nbs/jobs/augment.ipynb #4d02abf8
 def labelled(
     params:Params, # of the job
     row,           # a manifest's row
@@ -199,7 +199,7 @@ def labelled(
         elif params.mask == "organ": ids = read_organs(row, root, ct).array
         else: ids = np.any([m.array > 0 for _, m in read_diseases(row, root, ct)] or [np.zeros(ct.shape, bool)], axis=0)
     out = np.zeros(ct.shape, np.uint8)
-    for n, wanted in enumerate(params.labels.values(), 1): out[np.isin(ids, wanted)] = n
+    for n, name in enumerate(sorted(params.labels), 1): out[np.isin(ids, params.labels[name])] = n
     return ct, ct.with_array(out)
 
 def recipe_of(
@@ -211,7 +211,7 @@ def recipe_of(
     given = {k: v for k in ("steps", "batch", "lr", "patch", "filters", "spacing_mm", "window") if (v := getattr(params, k)) is not None}
     return replace(RECIPES[params.recipe], **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()})
 
-# %% ../../nbs/jobs/augment.ipynb #c341cb4f
+# %% ../../nbs/jobs/augment.ipynb #b7d26474
 def train_unit(
     scans:Scans, # of the run
     unit:Unit,   # arm, and fold with seed
@@ -230,7 +230,7 @@ def train_unit(
     def progress(step, steps, loss):
         if step % max(1, steps//10) == 0: print(f"  {unit.model} {unit.case}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     losses = train_net(net, lambda case, other: scans.grid(case, a.source if other else "")[:2], schedule(a.view, here["train"], recipe.steps, recipe.batch, here["seed"]), recipe, device, progress)
-    return Segmenter(net, recipe, recipe.spacing_mm or first, list(scans.params.labels)), losses
+    return Segmenter(net, recipe, recipe.spacing_mm or first, sorted(scans.params.labels)), losses
 
 def nnunet_unit(
     scans:Scans, # of the run
@@ -249,7 +249,7 @@ def nnunet_unit(
                 image = scans.view(case, source) if source else ct
                 out[case + (f"__{source}" if source else "")] = (scans.cut(image, mask), scans.cut(mask, mask), patient)
         return out
-    return train_nnunet(NNUNet(scans.run.folder/"nnunet"/unit.model/unit.case, tuple(p.labels), trainer=p.trainer, bin=p.nnunet_bin, device=device), training)
+    return train_nnunet(NNUNet(scans.run.folder/"nnunet"/unit.model/unit.case, tuple(sorted(p.labels)), trainer=p.trainer, bin=p.nnunet_bin, device=device), training)
 
 def test_unit(
     scans:Scans, # of the run
@@ -265,8 +265,8 @@ def test_unit(
         inputs = {on: (scans.view(case, a.source) if on == "same" and a.source else ct, mask) for on in p.test_on} | {name: scans.scan(case, manifest) for name, manifest in p.also.items()}
         for on, (image, truth) in inputs.items():
             image, truth = scans.cut(image, truth), scans.cut(truth, truth)
-            found = segment(image); got = score(truth, found, list(p.labels), p.tolerances_mm[0], p.union)
-            for mm in p.tolerances_mm[1:]: got |= {f"{k}.{mm:g}mm": v for k, v in score(truth, found, list(p.labels), mm, p.union).items() if k.startswith("nsd")}
+            found = segment(image); got = score(truth, found, sorted(p.labels), p.tolerances_mm[0], p.union)
+            for mm in p.tolerances_mm[1:]: got |= {f"{k}.{mm:g}mm": v for k, v in score(truth, found, sorted(p.labels), mm, p.union).items() if k.startswith("nsd")}
             rows.append(dict(case=case, patient=scans.row(case)[0].patient, on=on, voxels=int((truth.array > 0).sum()), **got))
     return rows
 
@@ -337,12 +337,12 @@ def compare(
         out.append(dict(arm=n, mean=float(v.mean()) if len(v) else math.nan, sd=float(v.std()) if len(v) else math.nan, scans=len(v), seeds=len({s for _, s, _ in cells}), **{("diff" if k == "mean" else k): x for k, x in d.items()}))
     return out
 
-# %% ../../nbs/jobs/augment.ipynb #7e0b1cb9
+# %% ../../nbs/jobs/augment.ipynb #97dd72df
 def metrics_of(
     rows:list[dict], # from `read_rows`
 ) -> list[str]: # dsc.NAME and nsd.NAME at the first tolerance
     "What was scored"
-    return [k for k in (rows[0] if rows else {}) if k.startswith(("dsc.", "nsd.")) and not k.endswith("mm")]
+    return [f"{m}.{k[4:]}" for k in (rows[0] if rows else {}) if k.startswith("dsc.") for m in ("dsc", "nsd")]
 
 def table(
     rows:list[dict], # from `read_rows`
@@ -383,19 +383,19 @@ def draw_differences(
     fig.suptitle(title or f"Each arm against {base}: patients (dots), mean and 95 % interval", fontsize=9)
     return fig
 
-# %% ../../nbs/jobs/augment.ipynb #2cf456f1
-PAPER_TABLE1 = { # Table 1's right half as printed: lung DSC, NSD; pancreas DSC1, NSD1, DSC2, NSD2
-    "real": ((66.4, 70.2), (82.2, 79.2, 42.8, 39.8)), "wan2.1": ((71.9, 75.3), (82.2, 79.0, 45.2, 41.9)), "wan2.2": ((70.2, 72.9), (82.0, 79.0, 47.2, 45.0)),
-    "videovae+": ((68.0, 72.6), (82.2, 79.3, 47.1, 44.7)), "ivvae": ((70.2, 73.3), (82.0, 78.5, 47.2, 44.3)), "cvvae": ((67.0, 70.9), (79.4, 74.7, 36.7, 34.5)),
-    "wfvae": ((68.0, 71.3), (81.3, 77.9, 46.9, 44.4)), "leanvae": ((69.2, 72.5), (82.0, 78.6, 44.1, 41.9))}
+# %% ../../nbs/jobs/augment.ipynb #39e5aa5c
+PAPER_TABLE1 = { # Table 1's right half as printed: lung tumour; pancreas, pancreas tumour; DSC and NSD each
+    "real": (66.4, 70.2, 82.2, 79.2, 42.8, 39.8), "wan2.1": (71.9, 75.3, 82.2, 79.0, 45.2, 41.9), "wan2.2": (70.2, 72.9, 82.0, 79.0, 47.2, 45.0), "videovae+": (68.0, 72.6, 82.2, 79.3, 47.1, 44.7),
+    "ivvae": (70.2, 73.3, 82.0, 78.5, 47.2, 44.3), "cvvae": (67.0, 70.9, 79.4, 74.7, 36.7, 34.5), "wfvae": (68.0, 71.3, 81.3, 77.9, 46.9, 44.4), "leanvae": (69.2, 72.5, 82.0, 78.6, 44.1, 41.9)}
+_PRINTED = {"lung": ("dsc.tumour", "nsd.tumour"), "pancreas": (None, None, "dsc.pancreas", "nsd.pancreas", "dsc.tumour", "nsd.tumour")}   # which column is what
 
 def _beside_the_paper(rows, which):
     "Our means beside the printed ones"
     from fvae_nb.running.report import html_table
-    names, n = metrics_of(rows), 0 if which == "lung" else 1
+    names, columns = metrics_of(rows), _PRINTED[which]
     ours = {m: {r["arm"]: r for r in compare(rows, m)} for m in names}
-    printed = lambda s: [f"{v:.1f}" for v in PAPER_TABLE1[s][n]] if s in PAPER_TABLE1 else [""]*len(names)
-    lines = [[a, *(f"{ours[m][a]['mean']:.1f} ± {ours[m][a]['sd']:.1f}" for m in names), *printed("real" if a == "real" else a.partition(".")[2])] for a in ours[names[0]]]
+    printed = lambda source, m: f"{PAPER_TABLE1[source][columns.index(m)]:.1f}" if source in PAPER_TABLE1 and m in columns else ""
+    lines = [[a, *(f"{ours[m][a]['mean']:.1f} ± {ours[m][a]['sd']:.1f}" for m in names), *(printed("real" if a == "real" else a.partition(".")[2], m) for m in names)] for a in ours[names[0]]]
     return html_table(["arm", *names, *(f"paper: {m}" for m in names)], lines, f"Table 1, {which}. The paper does not say which of replace and add its rows are, whether test scans were reconstructed, nor the tolerance of its NSD")
 
 # %% ../../nbs/jobs/augment.ipynb #b53f0b7d

@@ -15,14 +15,14 @@ from ..running.jobs import JobParams, Place, do_units, place
 __all__ = ['HEAD', 'Params', 'find_segmenter', 'cases', 'signed', 'run', 'results', 'verdicts', 'organ_rows', 'show_run',
            'beside_controls', 'keep_results']
 
-# %% ../../nbs/jobs/safety.ipynb #60577c98
+# %% ../../nbs/jobs/safety.ipynb #21189535
 class Params(JobParams):
     "May these VAEs be used on these scans?"
     vae:list[str] = Field(["tiny"], min_length=1, description="VAEs by name")
     cases:list[str] = Field(["thorax"], min_length=1, description="as in reconstruct; 'phantom:8' draws eight small SYNTHETIC patients")
     control:bool = Field(True, description="add the linear control at each VAE's latent budget")
     denoisers:list[str] = Field(["gaussian", "tv"], description="matched to each VAE's MSE: gaussian, tv, nlm")
-    segmenter:str = Field("hu", description="hu, folder, or package.module:function")
+    segmenter:Place = Field("hu", description="hu, folder, a trained net (.safetensors), or package.module:function")
     labels:Place = Field("", description="segmenter=folder: CASE.nii.gz, labels of the scans")
     labels_back:Place = Field("", description="segmenter=folder: MODEL/CASE.nii.gz, labels of the reconstructions")
     organs:dict[str, list[int]] = Field({}, description="organ -> label ids; empty: hu's own, else each id by itself")
@@ -48,15 +48,19 @@ class Params(JobParams):
             if kind not in DENOISERS: raise ValueError(f"expected {', '.join(DENOISERS)}, got {kind!r}")
         return v
 
-# %% ../../nbs/jobs/safety.ipynb #d8803fdf
+# %% ../../nbs/jobs/safety.ipynb #06c19930
 def find_segmenter(
-    name:str, # hu, or package.module:function
+    name:str,         # hu, a trained net's .safetensors, or package.module:function
+    device:str="cpu", # where a net computes
 ): # a function from CTVolume to integer labels on its grid
     "The segmenter behind a name"
     from fvae_nb.augmentation.stability import segment_hu
     if name == "hu": return segment_hu
+    if name.endswith(".safetensors"):
+        from fvae_nb.augmentation.segmenters import load_segmenter
+        return load_segmenter(name, device)
     module, colon, function = name.partition(":")
-    if not colon: raise JobError(f"segmenter = {name!r}: expected hu, folder, or package.module:function")
+    if not colon: raise JobError(f"segmenter = {name!r}: expected hu, folder, a .safetensors of augmentation.segmenters, or package.module:function")
     try: return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error: raise JobError(f"segmenter = {name!r}: {error}; expected an importable package.module:function") from None
 
@@ -105,7 +109,7 @@ def _given(params, source, vae, ct):
     back = read_ct(payload); check_same_grid(back, ct)
     return ct.with_array(back.array)
 
-# %% ../../nbs/jobs/safety.ipynb #1355bcf1
+# %% ../../nbs/jobs/safety.ipynb #c465c99f
 def _scan(params, source):
     "The scan of a case, and whether it is drawn"
     from fvae_nb.jobs.residual import middle
@@ -124,17 +128,17 @@ def _labels(params, case, model, ct):
     found = read_mask(path)
     return middle(found, params.slices) if params.slices and params.slices < found.shape[0] else found
 
-def _judge_one(params, ct, back, labels, again, user):
+def _judge_one(params, ct, back, labels, again, user, names=()):
     "All numbers of one transform on one scan"
     from fvae_nb.augmentation.stability import HU_ORGANS, case_stability, hu_change, label_sets
     from fvae_nb.metrics.image import image_metrics
-    organs = params.organs or (HU_ORGANS if params.segmenter == "hu" else None)
+    organs = params.organs or (HU_ORGANS if params.segmenter == "hu" else {n: (i,) for i, n in enumerate(names, 1)} or None)   # a net of ours names its labels
     out = dict(image=image_metrics(ct.array, back.array))
     if again is not None: out["stability"] = case_stability(ct, back, labels, again, organs, params.tolerance_mm)
     if user is not None: out["masks"] = {n: hu_change(ct, back, user.array == ids[0]) for n, ids in label_sets(user).items()}
     return out
 
-# %% ../../nbs/jobs/safety.ipynb #6a32d1a3
+# %% ../../nbs/jobs/safety.ipynb #22d7c8ad
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder, one JSON per VAE and scan in safety/
@@ -144,7 +148,7 @@ def run(
     from fvae_nb.settings import pick_device
     device = pick_device(None if params.device == "auto" else params.device)
     operate, last = Operators(device=device), {}
-    segment = None if params.segmenter == "folder" else find_segmenter(params.segmenter)
+    segment = None if params.segmenter == "folder" else find_segmenter(params.segmenter, device)
     def scan_of(run, case):
         if case not in last:
             last.clear(); ct = _scan(params, run.sources[case])
@@ -165,12 +169,13 @@ def run(
             if name == unit.model and params.reconstructions: back, how = _given(params, source, name, ct), {}; operate.keep(ct, name, back)
             else: back, how = operate(ct, name)
             again = _checked(segment(back), ct, params.segmenter) if segment else _labels(params, unit.case, name, ct)
-            facts[name] = _judge_one(params, ct, back, labels, again, user) | ({"match": how} if how else {})
+            facts[name] = _judge_one(params, ct, back, labels, again, user, getattr(segment, "labels", ())) | ({"match": how} if how else {})
             if again is not None: shown[name] = (back, again)
         part.write_text(json.dumps(plain(dict(case=unit.case, vae=unit.model, random=spec.random, synthetic=ct.synthetic, shape=ct.shape, spacing=ct.spacing, models=facts, picture=_picture(shown)))))
         return _row(facts, unit.model)
     def identity(run, unit):
         known = {"weights": operate.vae(unit.model).weights, "input": run.sources[unit.case]["sha256"]}
+        if params.segmenter.endswith(".safetensors"): known["segmenter"] = fingerprint(params.segmenter)["sha256"]
         if segment is None: known["labels"] = [fingerprint(f)["sha256"] for f in (_label_file(params.labels, unit.case), _label_file(Path(params.labels_back)/unit.model, unit.case))]
         return known
     return do_units("safety", params, do, lambda run, unit: run.payload(unit, "safety", ".json"), identity, lambda part: json.loads(part.read_text()))[0]
@@ -188,7 +193,7 @@ def _row(facts, vae):
     eps = lambda n: 1 - facts[n]["stability"]["symmetric"] if "stability" in facts[n] else None
     return {k: facts[vae]["image"][k] for k in ("psnr", "ssim", "mse")} | {"eps": eps(vae)} | {f"eps_{short(n)}": eps(n) for n in facts if n != vae}
 
-# %% ../../nbs/jobs/safety.ipynb #fe0ae91f
+# %% ../../nbs/jobs/safety.ipynb #3f54e760
 def _picture(shown):
     "The slice where the VAE's labels differ most from the scan's, outlined in all volumes: a PNG as text"
     import numpy as np
@@ -228,7 +233,8 @@ def verdicts(
     random, out = {n for r in results(folder) if r["random"] for n in r["models"]}, {}
     for name, each in _by_model(folder).items():
         j = judge(list(each.values()), limits)
-        out[name] = j | dict(sentence=f"{name}: untrained weights, no verdict" if name in random else verdict(name, j, {"hu": "HU thresholds", "folder": "labels as given"}.get(p["segmenter"], p["segmenter"])))
+        if name in random: out[name] = j | dict(answer="undecided", sentence=f"{name}: untrained weights, no verdict"); continue
+        out[name] = j | dict(sentence=verdict(name, j, {"hu": "HU thresholds", "folder": "labels as given"}.get(p["segmenter"], Path(p["segmenter"]).name)))
     return out
 
 def _numbers(x):
@@ -236,7 +242,7 @@ def _numbers(x):
     if isinstance(x, dict): return {k: _numbers(v) for k, v in x.items()}
     return float("nan") if x is None else x
 
-# %% ../../nbs/jobs/safety.ipynb #d9deaf08
+# %% ../../nbs/jobs/safety.ipynb #c6ae4b30
 def organ_rows(
     folder:str|Path, # of a run
 ) -> list[list]: # model, organ, eps, low, high, Dice, NSD eq. 25, NSD, border mean and p95 mm, HU bias, core HU, cases, one empty
@@ -264,7 +270,9 @@ def show_run(
     run, found = Run(folder), results(folder)
     mark = {"yes": "within the limits", "no": "outside the limits", "undecided": "undecided"}
     given = verdicts(folder)
-    display(HTML("<h3>Verdict</h3>" + "".join(f"<p><b>{html.escape(n)}: {mark[v['answer']]}.</b> {html.escape(v['sentence'])}</p>" for n, v in given.items())))
+    line = lambda n: f"<p><b>{html.escape(n)}: {mark[given[n]['answer']]}.</b> {html.escape(given[n]['sentence'])}</p>"
+    vaes = [n for n in given if n in run.params["vae"]]
+    display(HTML("<h3>Verdict</h3>" + "".join(map(line, vaes)) + (f"<details><summary>The same for the controls</summary>{''.join(line(n) for n in given if n not in vaes)}</details>" if len(given) > len(vaes) else "")))
     if said := beside_controls(folder): display(HTML("<ul>" + "".join(f"<li>{html.escape(s)}</li>" for s in said) + "</ul>"))
     text = lambda v, d: "" if v == "" or v != v else f"{v:.{d}f}"
     wide = lambda table: display(HTML(f"<div style='overflow-x:auto'><style>.fvae-wide td,.fvae-wide th{{overflow-wrap:normal;white-space:nowrap}}</style><div class='fvae-wide'>{table}</div></div>"))
@@ -293,7 +301,7 @@ def beside_controls(
         out.append(f"{vae} beside {control} ({what}): {word}; difference of eps_phi {d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}), {d['n']} cases.")
     return out
 
-# %% ../../nbs/jobs/safety.ipynb #63a6b994
+# %% ../../nbs/jobs/safety.ipynb #d619d437
 def keep_results(
     folder:str|Path, # of a run
     path:str|Path,   # a small JSON, nbs/results/safety_NAME.json
@@ -304,7 +312,7 @@ def keep_results(
         if run.sidecar(u).exists():
             payload, side = signed(run, u); r = json.loads(payload.read_bytes())
             units.append(dict(vae=u.model, case=u.case, identity=side["identity"], sha256=side["sha256"], models={n: dict(image={k: f["image"][k] for k in ("psnr", "ssim", "mse")}, **({"eps": 1 - f["stability"]["symmetric"], "eps_paper": 1 - f["stability"]["paper"]} if f.get("stability", {}).get("used") else {}), **{k: f[k] for k in ("match", "masks") if k in f}) for n, f in r["models"].items()}))
-    kept = dict(params={k: v for k, v in run.params.items() if k not in ("cases", "masks", "labels", "labels_back", "reconstructions")}, date=run.read("provenance.json")["created_at"][:10], head=HEAD, organs=organ_rows(folder),
+    kept = dict(params={k: v for k, v in run.params.items() if k not in ("cases", "masks", "labels", "labels_back", "reconstructions", "segmenter")} | {"segmenter": Path(run.params["segmenter"]).name}, date=run.read("provenance.json")["created_at"][:10], head=HEAD, organs=organ_rows(folder),
                 verdicts=verdicts(folder), beside=beside_controls(folder), units=units)
     write_atomic(path, json.dumps(_short(plain(kept)), separators=(",", ":")).encode())
     return Path(path)

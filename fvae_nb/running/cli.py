@@ -11,17 +11,17 @@ import typer
 from ..settings import FVAEError, settings
 
 # %% auto #0
-__all__ = ['app', 'run_command', 'jobs_command', 'status_command', 'report_command', 'verify_command', 'samples_command',
-           'vaes_command', 'settings_command', 'check_command', 'main']
+__all__ = ['app', 'run_command', 'submit_command', 'jobs_command', 'status_command', 'report_command', 'verify_command',
+           'samples_command', 'vaes_command', 'settings_command', 'check_command', 'main']
 
 # %% ../../nbs/09_running/05_cli.ipynb #31f27f77
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="A frozen video VAE for CT: reconstruct, augment, generate, evaluate. Not for clinical use.")
 
-# %% ../../nbs/09_running/05_cli.ipynb #28f0b31f
+# %% ../../nbs/09_running/05_cli.ipynb #092aeba4
 @app.command("run")
 def run_command(
-    job:Annotated[str, typer.Argument(help="reconstruct, pretrain_tiny, ...")],
+    job:Annotated[str, typer.Argument(help="reconstruct, pretrain_tiny, ..., or pipeline")],
     p:Annotated[Optional[list[str]], typer.Option("-p", help="key=value; lists take commas; repeatable")]=None,
     f:Annotated[Optional[list[str]], typer.Option("-f", help="preset: a packaged name or a .yaml file; repeatable")]=None,
     run:Annotated[Optional[str], typer.Option(help="folder of the run [runs/JOB-hash]")]=None,
@@ -32,11 +32,53 @@ def run_command(
 ):
     "Run a job; the same command again does what is missing"
     from fvae_nb.running.jobs import make_params, run_job
+    from fvae_nb.running.slurm import requeue, run_pipeline
+    if job == "pipeline":
+        if len(f or []) != 1 or not run: raise FVAEError("pipeline: expected one -f (paper, smoke, or a .yaml file) and --run, the folder of all stages' runs")
+        raise typer.Exit(run_pipeline(f[0], run, p or []))
     params = make_params(job, p or [], f or [], run=run, shard=shard, shards=shards, overwrite=overwrite or None)
     if show_params: print(params.model_dump_json(indent=1)); return
-    raise typer.Exit(run_job(job, params))
+    raise typer.Exit(requeue(run_job(job, params)))
 
-# %% ../../nbs/09_running/05_cli.ipynb #2724ec29
+# %% ../../nbs/09_running/05_cli.ipynb #28b37535
+@app.command("submit")
+def submit_command(
+    job:Annotated[str, typer.Argument(help="a job, or pipeline")],
+    p:Annotated[Optional[list[str]], typer.Option("-p", help="as in run")]=None,
+    f:Annotated[Optional[list[str]], typer.Option("-f", help="as in run")]=None,
+    run:Annotated[Optional[str], typer.Option(help="folder of the run, shared by all nodes [runs/JOB-hash]")]=None,
+    shards:Annotated[int, typer.Option(help="tasks of the array")]=1,
+    after:Annotated[Optional[list[str]], typer.Option(help="id of a job that must end well first; repeatable")]=None,
+    gpus:Annotated[Optional[int], typer.Option(help="per task")]=None,
+    cpus:Annotated[Optional[int], typer.Option(help="per task")]=None,
+    nodes:Annotated[Optional[int], typer.Option(help="per task; more than 1 only for training")]=None,
+    mem:Annotated[Optional[str], typer.Option(help="per task, as 16G")]=None,
+    time:Annotated[Optional[str], typer.Option(help="limit, as 4:00:00")]=None,
+    partition:Annotated[Optional[str], typer.Option(help="of the cluster")]=None,
+    account:Annotated[Optional[str], typer.Option(help="to be charged")]=None,
+    limit:Annotated[Optional[int], typer.Option(help="tasks at once")]=None,
+    only_missing:Annotated[bool, typer.Option("--only-missing", help="only shards that still have work")]=False,
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="print the script, send nothing")]=False,
+    backend:Annotated[str, typer.Option(help="slurm, or k8s with --dry-run")]="slurm",
+    image:Annotated[str, typer.Option(help="container image, for k8s")]="fvae_nb:latest",
+):
+    "Send a job or a pipeline to a cluster"
+    from fvae_nb.running import slurm
+    given = dict(gpus=gpus, cpus=cpus, nodes=nodes, mem=mem, time=time, partition=partition, account=account, limit=limit)
+    try:
+        if backend not in ("slurm", "k8s"): raise FVAEError(f"--backend {backend}: expected slurm or k8s")
+        if backend == "k8s":
+            if not dry_run: raise FVAEError("--backend k8s: write the text with --dry-run and send it with `kubectl apply -f -`")
+            res = slurm.resources(**given)
+            print(slurm.indexed_job(slurm.prepare(job, p or [], f or [], run or "", shards, res), res, image), end="")
+        elif job == "pipeline":
+            if len(f or []) != 1 or not run: raise FVAEError("pipeline: expected one -f (paper, smoke, or a .yaml file) and --run, the folder of all stages' runs")
+            slurm.submit_pipeline(f[0], run, p or [], dry_run, **{k: v for k, v in given.items() if k not in ("gpus", "time", "mem")})
+        else: slurm.submit(job, after or [], dry_run, given=p or [], presets=f or [], run=run or "", shards=shards, res=slurm.resources(**given), only_missing=only_missing)
+    except slurm.ClusterDown as error:
+        print(error, file=sys.stderr); raise typer.Exit(75) from None
+
+# %% ../../nbs/09_running/05_cli.ipynb #b3c628d4
 @app.command("jobs")
 def jobs_command():
     "List jobs and their parameters"
@@ -62,7 +104,16 @@ def status_command(
         for x in s["missing"][:20]: print(f"  missing {x['model']} {x['case']}")
         if len(s["missing"]) > 20: print(f"  ... and {len(s['missing']) - 20} more")
         for a in s["attempts"][-10:]: print(f"  shard {a['shard']} {a['attempt']}: {a['state']}")
+    _show_queue(run, as_json)
     raise typer.Exit(1 if s["failed"] else 3 if s["missing"] else 0)
+
+def _show_queue(run, as_json):
+    "What the scheduler says of this run, where it was submitted"
+    from fvae_nb.running.slurm import queue, submitted
+    if as_json or not submitted(run): return
+    try: rows = queue(run)
+    except FVAEError as error: print(f"  queue: {error}"); return
+    for r in rows: print(f"  job {r['job_id']}{'_' + r['task'] if r['task'] else ''} ({r['stage']}): {r['state']}" + (f", {r['reason']}" if r['reason'] not in ('', 'None') else "") + (f" on {r['node']}" if r['node'] else ""))
 
 # %% ../../nbs/09_running/05_cli.ipynb #7a063534
 @app.command("report")
@@ -136,7 +187,7 @@ def check_command(
     print(f"{len(checked)} checked, {bad} with problems")
     raise typer.Exit(1 if bad else 0)
 
-# %% ../../nbs/09_running/05_cli.ipynb #1b1334b8
+# %% ../../nbs/09_running/05_cli.ipynb #91a7bdaf
 def main(argv:list[str]|None=None) -> int:
     "Entry of the `fvae` command; mistakes of a user are one line each, exit 2"
     try: return app(argv, standalone_mode=False, prog_name="fvae") or 0
@@ -148,3 +199,5 @@ def main(argv:list[str]|None=None) -> int:
         if isinstance(error, (click.exceptions.ClickException,)) or type(error).__module__.startswith(("click", "typer")):
             print(getattr(error, "format_message", lambda: error)(), file=sys.stderr); return 2
         raise
+
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "fvae_nb.running.cli": sys.exit(main())   # python -m, not a notebook

@@ -445,7 +445,7 @@ def free_gpus(
     if allowed is not None: return [gpu.strip() for gpu in allowed.split(",") if gpu.strip()] or [None]
     return [str(n) for n in range(len(gpus()))] or [None]
 
-# %% ../../nbs/09_running/02_jobs.ipynb #cdb74b59
+# %% ../../nbs/09_running/02_jobs.ipynb #15b4c6e9
 class _Tail:
     "New events of the runners, and which units they have begun and not ended"
     def __init__(self): self.at, self.begun = {}, {}
@@ -476,7 +476,7 @@ def _signals():
     "Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; what is ignored (nohup) stays ignored"
     caught, old = [], {}
     if threading.current_thread() is threading.main_thread():
-        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):       # USR1: a scheduler says that time runs out
             if signal.getsignal(s) != signal.SIG_IGN: old[s] = signal.signal(s, lambda n, _: caught.append(n))
     try: yield caught
     finally:

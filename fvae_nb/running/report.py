@@ -35,12 +35,12 @@ def summarise(
             out[model][key] = dict(mean=float(values.mean()) if len(values) else None, sd=float(values.std()) if len(values) else None, n=len(values))
     return out
 
-# %% ../../nbs/09_running/04_report.ipynb #89dbbd9c
+# %% ../../nbs/09_running/04_report.ipynb #ec80b8c1
 def metrics_csv(
     sides:list[dict], # sidecars
 ) -> bytes: # one row per unit
     "The sidecars' numbers as a table for other tools"
-    keys = list(dict.fromkeys(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float))))
+    keys = list(dict.fromkeys(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float)) or k == "weights"))   # 'random weights' stays beside the numbers
     text = io.StringIO(); out = csv.writer(text)
     out.writerow(["model", "case", *keys, "seconds", "payload", "sha256"])
     for s in sides: out.writerow([s["model"], s["case"], *(s["metrics"].get(k, "") for k in keys), s["seconds"], s["payload"], s["sha256"]])
@@ -56,7 +56,7 @@ def html_table(
     body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
     return f"<table><caption>{html.escape(caption)}</caption><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/09_running/04_report.ipynb #4b9011ab
+# %% ../../nbs/09_running/04_report.ipynb #5ff58257
 _FIRST = ("psnr", "ssim", "mse")   # sidecars keep their keys sorted; a reader wants these first
 
 def _ordered(keys):
@@ -78,7 +78,7 @@ def show_tables(
     totals = summarise(sides)
     keys = _ordered(k for m in totals.values() for k in m)
     if totals: display(HTML(html_table(["model", "cases", *keys], [[m, sum(s["model"] == m for s in sides), *(_mean_text(v.get(k)) for k in keys)] for m, v in totals.items()], "Mean ± standard deviation over cases (ddof 0)")))
-    each = _ordered(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float)))
+    each = _ordered(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float)) or k == "weights")
     if sides: display(HTML(html_table(["model", "case", *each, "seconds"], [[s["model"], s["case"], *(s["metrics"].get(k, "") for k in each), s["seconds"]] for s in sides], "Every case")))
     if state["failed"]: display(HTML(html_table(["model", "case", "reason"], [[f["model"], f["case"], f["reason"]] for f in state["failed"]], f"{len(state['failed'])} units failed")))
     if state["missing"]: display(HTML(html_table(["model", "case"], [[f["model"], f["case"]] for f in state["missing"]], f"{len(state['missing'])} units are missing")))

@@ -32,9 +32,9 @@ class HalfNorm(nn.Module):
         parts = x.unflatten(1, (self.halves, -1))
         return F.normalize(parts, dim=2, eps=1e-12).flatten(1, 2) * parts.shape[2]**.5 * self.gamma
 
-# %% ../../nbs/04_vaes/09_ivvae.ipynb #cba9aa55
+# %% ../../nbs/04_vaes/09_ivvae.ipynb #a11e516c
 class GroupConv(nn.Conv3d):
-    "3x3x3, both ways inside a group of frames, causal between groups. Source: Wu et al. 2024, section 3.3"
+    "3x3x3, both ways inside a group of frames, causal between groups. Source: Wu et al. 2024, group causal convolution"
     def __init__(self, c_in:int, c_out:int, group:int):
         super().__init__(c_in, c_out, 3, padding=(0, 1, 1))
         self.group = group

@@ -1,0 +1,131 @@
+"The jobs encode and generate: from a manifest to latents, from masks and words to SYNTHETIC scans."
+import json
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ROOT
+from fvae_nb.data.ct import ct_volume, read_ct, read_mask, write_ct
+from fvae_nb.data.manifests import Case, write_manifest
+from fvae_nb.generation.latents import list_latents, read_latents
+from fvae_nb.jobs import encode, generate
+from fvae_nb.running.cases import JobError, Run, done
+from fvae_nb.running.jobs import make_params, status
+
+
+def _cohort(folder, count=3):
+    "Scans of 9 slices with organ mask, and a nodule in every second; one scan damaged"
+    (folder / "data").mkdir()
+    rows = []
+    for n in range(count):
+        rng = np.random.default_rng(n)
+        organs = np.full((9, 32, 32), 200, np.uint8); organs[:, :3] = 0; organs[:, 8:24, 6:14 + n] = 30
+        hu = np.select([organs == 0, organs == 30], [-900., -850.], 40.) + rng.normal(0, 20, organs.shape)
+        ct = ct_volume(np.rint(hu).astype(np.float32), (5., 3., 3.), synthetic=True)
+        write_ct(ct, folder / f"data/c{n}.nii.gz"); write_ct(ct.with_array(organs), folder / f"data/c{n}_organ.nii.gz")
+        masks = dict(organ=f"data/c{n}_organ.nii.gz", source_map="table7")
+        if n % 2 == 0:
+            nodule = np.zeros(organs.shape, np.uint8); nodule[3:6, 12:18, 8:12] = 1
+            write_ct(ct.with_array(nodule), folder / f"data/c{n}_nodule.nii.gz")
+            masks["disease"] = [dict(path=f"data/c{n}_nodule.nii.gz", channel=0, finding="Pulmonary nodules/masses", disease_class=161, text="Nodule (8 mm)")]
+        rows.append(Case(id=f"c{n}", patient=f"p{n}", dataset="other", split="val" if n == 1 else "train", ct=f"data/c{n}.nii.gz", hu_mode="hu", licence="Apache-2.0", source="drawn", masks=masks,
+                         report=dict(findings="Both lungs are clear.", impression="Normal.") if n % 2 else None, synthetic=True))
+    write_manifest(rows, folder / "m.jsonl")
+    return folder / "m.jsonl"
+
+
+def _params(job, folder, **given):
+    return make_params(job, [], (), **dict(run=str(folder))).model_copy(update=dict(text="none", device="cpu", **given))
+
+
+@pytest.fixture
+def cohort(tmp_path): return _cohort(tmp_path)
+
+
+def test_encode_stores_what_the_manifest_says(cohort, tmp_path):
+    run = encode.run(_params("encode", tmp_path / "run", manifest=str(cohort)))
+    paths = list_latents(run.folder / "latents")
+    cases = {p.stem: read_latents(p) for p in paths}
+    assert sorted(cases) == ["c0", "c1", "c2"]
+    assert (cases["c0"].patient, cases["c1"].split) == ("p0", "val")
+    assert (cases["c0"].labels == 261).sum() == 72 and not (cases["c1"].labels >= 250).any()
+    assert cases["c0"].meta["prompt"] == "Nodule 8 mm" and cases["c1"].meta["prompt"] == "Both lungs are clear. Normal."
+    assert cases["c0"].ct.shape == (16, 3, 4, 4) and cases["c0"].mask.shape == (48, 3, 4, 4) and cases["c0"].text is None
+    assert cases["c0"].meta["synthetic"] and str(tmp_path) not in json.dumps(cases["c0"].meta)
+    again = encode.run(_params("encode", tmp_path / "again", manifest=str(cohort)))
+    for p in paths: assert p.read_bytes() == (again.folder / p.relative_to(run.folder)).read_bytes()
+    assert encode.run(_params("encode", tmp_path / "val", manifest=str(cohort), splits=["val"])).units[0].case == "c1"
+
+
+def test_encode_names_a_damaged_scan_and_does_the_rest(cohort, tmp_path):
+    bad = tmp_path / "data/c1.nii.gz"; bad.write_bytes(bad.read_bytes()[:200])
+    run = encode.run(_params("encode", tmp_path / "run", manifest=str(cohort)))
+    state = status(run.folder)
+    assert state["done"] == 2 and "c1.nii.gz" in state["failed"][0]["reason"]
+    with pytest.raises(JobError, match="no rows of split test"): encode.cases(_params("encode", tmp_path / "x", manifest=str(cohort), splits=["test"]))
+
+
+def test_encode_refuses_masks_that_changed(cohort, tmp_path):
+    params = _params("encode", tmp_path / "run", manifest=str(cohort))
+    from fvae_nb.running.jobs import open_run
+    open_run("encode", params)
+    mask = read_mask(tmp_path / "data/c0_organ.nii.gz"); mask.array[0] = 0; write_ct(mask, tmp_path / "data/c0_organ.nii.gz")
+    run = encode.run(params)
+    assert "not the files they were" in status(run.folder)["failed"][0]["reason"] and status(run.folder)["done"] == 2
+
+
+def test_generate_from_a_manifest(cohort, tmp_path):
+    params = _params("generate", tmp_path / "run", generator="tiny-random", masks=str(cohort), steps=2)
+    run = generate.run(params)
+    for n in range(3):
+        path = run.folder / f"volumes/tiny-random/c{n}_SYNTHETIC.nii.gz"
+        out, image, organ = read_ct(path), nib.load(path), nib.load(tmp_path / f"data/c{n}_organ.nii.gz")
+        assert out.synthetic and b"SYNTHETIC" in bytes(image.header["descrip"]) and image.get_data_dtype() == np.int16
+        assert image.shape == organ.shape and np.allclose(image.affine, organ.affine)       # the masks' own grid
+        assert -1000 <= out.array.min() and out.array.max() <= 1000
+        mask = read_mask(path.with_name(f"c{n}_SYNTHETIC_mask.nii.gz"), out)
+        assert ((mask.array == 261).sum() == 72) == (n % 2 == 0)
+    side = done(run, run.units[0])
+    assert side["metrics"]["prompt"] == "Nodule 8 mm" and "hu_lesion" in side["metrics"]
+    (tmp_path / "data/c0.nii.gz").unlink()                                                  # the scan itself is not needed
+    again = generate.run(params.model_copy(update=dict(run=str(tmp_path / "again"))))
+    a, b = (read_ct(r.folder / "volumes/tiny-random/c0_SYNTHETIC.nii.gz").array for r in (run, again))
+    assert np.array_equal(a, b)
+
+
+def test_generate_from_a_folder_of_painted_maps_with_prompts(tmp_path):
+    folder = tmp_path / "maps"; folder.mkdir()
+    organs = np.full((5, 16, 48), 200, np.uint16); organs[:, 4:12, 4:40] = 30; organs[2:4, 6:9, 8:14] = 261
+    write_ct(ct_volume(organs, (5., 3., 3.)), folder / "a.nii.gz", "int16"); (folder / "a.txt").write_text("Nodule in the right lung.\n")
+    params = _params("generate", tmp_path / "run", generator="tiny-random", masks=str(folder), steps=1, samples=2)
+    found, models = generate.cases(params)
+    assert [c["id"] for c in found] == ["a-1", "a-2"] and found[0]["prompt"] == "Nodule in the right lung." and models == ["tiny-random"]
+    run = generate.run(params)
+    a, b = (read_ct(run.folder / f"volumes/tiny-random/a-{n}_SYNTHETIC.nii.gz").array for n in (1, 2))
+    assert np.abs(a - b).mean() > 5                                                         # two draws, not one twice
+    (tmp_path / "p.csv").write_text("Names,Text_prompts\na.nii.gz,\"No nodule.\"\n")
+    assert generate.cases(params.model_copy(update=dict(prompts=str(tmp_path / "p.csv"))))[0][0]["prompt"] == "No nodule."
+    (tmp_path / "p.csv").write_text("Names,Text_prompts\nb.nii.gz,x\n")
+    with pytest.raises(JobError, match="no line for a"): generate.cases(params.model_copy(update=dict(prompts=str(tmp_path / "p.csv"))))
+
+
+def test_generate_tells_what_is_missing(tmp_path):
+    base = _params("generate", tmp_path / "run")
+    with pytest.raises(JobError, match="generator is empty"): generate.cases(base.model_copy(update=dict(generator="")))
+    with pytest.raises(JobError, match="no label maps"): generate.cases(base.model_copy(update=dict(masks=str(tmp_path))))
+    from fvae_nb.vaes.interface import WeightsError
+    with pytest.raises(WeightsError, match="official-multi"): generate.run(_params("generate", tmp_path / "r", generator="official-multi", masks="phantom"))
+
+
+@pytest.mark.parametrize("job", ["encode", "generate"])
+def test_presets_are_valid(job):
+    names = sorted(p.stem for p in (ROOT / "fvae_nb/_data/presets" / job).glob("*.yaml"))
+    assert {"smoke", "paper", "fast", "official-healthy", "official-multi"} <= set(names)
+    for name in names: make_params(job, presets=[name])
+
+
+def test_smoke_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from fvae_nb.running.jobs import run_job
+    for job in ("encode", "generate"):
+        assert run_job(job, make_params(job, presets=["smoke"], run=str(tmp_path / job)), show=lambda s: None) == 0
+    assert len(list((tmp_path / "generate").rglob("*_SYNTHETIC.nii.gz"))) == 2 and (tmp_path / "generate/report.html").exists()
