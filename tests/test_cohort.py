@@ -5,7 +5,7 @@ import pytest
 from fvae_nb.data.cohort import ODDS, cohort_plan, phantom_cohort
 from fvae_nb.data.ct import DataError, check_same_grid, read_ct, read_mask
 from fvae_nb.data.findings import COLUMNS, is_normal
-from fvae_nb.data.manifests import audit, check_path, finding_fit, read_case, read_diseases, read_manifest, read_organs
+from fvae_nb.data.manifests import audit, check_path, read_case, read_diseases, read_manifest, read_organs
 from fvae_nb.data.phantom import KINDS
 
 SMALL = dict(patients=8, seed=5, shape=(44, 48, 48), spacing=(7.5, 8., 8.))
@@ -49,7 +49,8 @@ def test_masks_lie_on_the_scan_and_hold_what_the_row_says(cohort):
         for d, (cls, m) in zip(c.masks.disease or (), read_diseases(c, folder, ct)):
             check_same_grid(m, ct)
             assert cls == d.disease_class and int(m.array.sum()) == d.voxels > 0
-            if d.rex_code in ("2d", "2e", "1c", "2c") and d.voxels > 30: assert (fit := finding_fit(m, ct, d.rex_code))["stored"] == max(fit.values())
+            low, high = {"2d": (-500, 100), "2e": (-300, 60), "1c": (-1000, -850), "2c": (-750, -450), "2b": (-500, 80), "2h": (0, 700)}[d.rex_code]
+            if d.voxels > 30: assert low < np.median(ct.array[m.array > 0]) < high, (c.id, d.finding)      # 8 mm voxels: edges weigh much
             if d.rex_code != "2h": assert np.isin(organs.array[m.array > 0], (28, 29, 30, 31, 32, 132, 133)).all()
         assert list(c.shape) == list(ct.shape[::-1]) and set(c.findings) == set(COLUMNS)
 

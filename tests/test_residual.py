@@ -88,7 +88,7 @@ def test_blur_gives_the_width_and_the_mtf_of_its_gaussian(sigma):
     f, m = transfer(e)
     g = transfer(edge_response(ct.array, distance, cosine < .5, reach_mm=10.))[1]
     low = (f > .02) & (f < .12)
-    assert np.allclose((m/g)[low], np.exp(-2*np.pi**2*sigma**2*f[low]**2), atol=.06)
+    assert np.allclose((m/g)[low], np.exp(-2*np.pi**2*sigma**2*f[low]**2), atol=.02)
 
 
 def test_noise_hardly_moves_the_edge():

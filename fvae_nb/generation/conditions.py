@@ -16,9 +16,10 @@ from ..data.labels import BODY, DISEASE_CLASSES, DISEASE_OFFSET, TABLE7
 from ..vaes.interface import Latent, WeightsError
 
 # %% auto #0
-__all__ = ['TOP', 'FAMILIES', 'CODES', 'DIVISOR', 'TEXT_ENCODERS', 'PROMPTS', 'disease_map', 'paint', 'split_painted', 'lattice',
-           'Code', 'code_named', 'mask_video', 'read_mask_video', 'encode_pieces', 'encode_mask', 'decode_mask',
-           'TextSpec', 'TextEncoder', 'load_text_encoder', 'prompt', 'case_prompt', 'case_maps']
+__all__ = ['TOP', 'FAMILIES', 'CODES', 'DIVISOR', 'GROUPS', 'TEXT_ENCODERS', 'PROMPTS', 'disease_map', 'paint', 'split_painted',
+           'lattice', 'Code', 'code_named', 'mask_video', 'read_mask_video', 'encode_pieces', 'encode_mask',
+           'decode_mask', 'round_trip_dice', 'TextSpec', 'TextEncoder', 'load_text_encoder', 'prompt', 'case_prompt',
+           'case_maps']
 
 # %% ../../nbs/07_generation/01_conditions.ipynb #66b404ca
 TOP = max(DISEASE_CLASSES) + DISEASE_OFFSET   # 262, the largest id a painted map holds
@@ -206,6 +207,22 @@ def decode_mask(
     parts = [vae.decode(Latent(z, tuple(shape), vae.spec.name)) for z in values.split(vae.spec.channels, 1)]
     parts += [torch.full_like(parts[0], -1)]*(c.channels - c.used)
     return read_mask_video(torch.cat(parts, 1).cpu(), code)
+
+# %% ../../nbs/07_generation/01_conditions.ipynb #b4276fbf
+GROUPS = dict(lung=tuple(range(28, 33)), heart=(108, 115), rib=tuple(range(63, 87)), vessel=(133,), lesion=tuple(range(250, TOP + 1)))
+
+def round_trip_dice(
+    vae,                          # from `load_vae`
+    organs:np.ndarray,            # (T, H, W) ids of Table 7
+    disease:np.ndarray|None=None, # (T, H, W) ids 250..262 or 0
+    code:str="lattice",           # of CODES
+) -> dict[str, float]: # Dice per group that occurs, and the share of all voxels that come back exactly
+    "What a mask's latent still knows"
+    from fvae_nb.metrics.masks import dice
+    labels = paint(organs, disease)
+    back = decode_mask(vae, encode_mask(vae, organs, disease, code), organs.shape, code)
+    out = {k: float(dice(np.isin(back, ids), np.isin(labels, ids))) for k, ids in GROUPS.items() if np.isin(labels, ids).any()}
+    return out | {"exact": float((back == labels).mean())}
 
 # %% ../../nbs/07_generation/01_conditions.ipynb #d387328a
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _matched(task):
         out[filled:b] = task.decode(z, b - a)[filled - a:]; filled = b
     return out
 
-# %% ../../nbs/07_generation/06_sampling.ipynb #d7cbf0d0
+# %% ../../nbs/07_generation/06_sampling.ipynb #e290fdce
 def _checked(generator, vae, organs, disease, config):
     "Does everything fit together? One clear error where it does not"
     if vae.spec.name != generator.vae: raise SamplingError(f"this generator was trained in the latent space of {generator.vae!r}, got the VAE {vae.spec.name!r}: load that one")
@@ -255,6 +255,13 @@ def _length(config, generator, frames):
     if frames <= config.longest: return "whole"
     return "matched" if generator.mode == "released" else "fused"
 
+def _room(labels, generator, vae, need):
+    "A map the network can take: a short one is drawn longer, a plane that does not halve often enough gets air on two sides; both are cut off afterwards"
+    half = 2**(len(generator.model.config.channels) - 1)
+    more = [(-n) % (k*m*half) for n, k, m in zip(labels.shape[1:], vae.spec.strides[1:], vae.spec.size)]
+    labels = np.pad(labels, ((0, 0), (0, more[0]), (0, more[1])))
+    return np.pad(labels, ((0, max(0, need - len(labels))), (0, 0), (0, 0)), mode="edge")
+
 @torch.no_grad()
 def sample(
     generator:Generator,               # from `load_generator`
@@ -268,10 +275,9 @@ def sample(
 ) -> CTVolume: # HU on the masks' grid, marked SYNTHETIC
     "Draw a scan from masks and text (paper, section 3). Not for clinical use"
     _checked(generator, vae, organs, disease, config)
-    n = organs.shape[0]
+    n, rows, columns = organs.shape
     need = SLICES if config.length in ("released", "matched") else max(vae.spec.first + 1, 2*vae.spec.strides[0])
-    longer = lambda a: a if a is None or n >= need else np.concatenate([a, np.repeat(a[-1:], need - n, 0)])   # a short scan is drawn longer and cut
-    task = _Task(generator, vae, config, longer(organs.array), longer(None if disease is None else disease.array), generator.enter_text(text), case or organs.name, tell)
+    task = _Task(generator, vae, config, _room(organs.array, generator, vae, need), None if disease is None else _room(disease.array, generator, vae, need), generator.enter_text(text), case or organs.name, tell)
     task.text = task.text.to(task.device)
     length = _length(config, generator, task.grid(len(task.organs))[2])
     if length == "released": hu = _released(task)
@@ -279,25 +285,27 @@ def sample(
     else:
         z, predict, name = _free(task, length)
         hu = task.decode(task.solve(z, predict, name), len(task.organs))
-    return organs.with_array(hu[:n], name=case or organs.name, synthetic=True)
+    return organs.with_array(np.ascontiguousarray(hu[:n, :rows, :columns]), name=case or organs.name, synthetic=True)
 
-# %% ../../nbs/07_generation/06_sampling.ipynb #70036695
+# %% ../../nbs/07_generation/06_sampling.ipynb #e671ded9
 @torch.no_grad()
 def sample_steps(
     generator:Generator, vae, organs:CTVolume, disease:CTVolume|None=None, text:torch.Tensor|None=None, config:SamplingConfig=SamplingConfig(), case:str="", # as in `sample`
 ) -> Iterator[tuple[CTVolume, CTVolume]]: # after each step: what the latent under noise decodes to, and the clean scan it is heading for
     "The road itself, decoded at every step: for a look, whole or fused only"
     _checked(generator, vae, organs, disease, config)
-    task = _Task(generator, vae, config, organs.array, None if disease is None else disease.array, generator.enter_text(text), case or organs.name, lambda calls: None)
+    n, rows, columns = organs.shape
+    need = max(vae.spec.first + 1, 2*vae.spec.strides[0])
+    task = _Task(generator, vae, config, _room(organs.array, generator, vae, need), None if disease is None else _room(disease.array, generator, vae, need), generator.enter_text(text), case or organs.name, lambda calls: None)
     task.text = task.text.to(task.device)
-    length = _length(config, generator, task.grid(len(organs.array))[2])
+    length = _length(config, generator, task.grid(len(task.organs))[2])
     z, predict, name = _free(task, length if length in ("whole", "fused") else "whole")
     seen = {}
     def remember(z, t): seen["z"], seen["t"], seen["answer"] = z, t, predict(z, t); return seen["answer"]
     from fvae_nb.generation.diffusion import clean
     for z, _ in task.steps(z, remember, name):
         x0 = clean(seen["answer"], seen["z"], torch.as_tensor(seen["t"]).reshape(1).to(z.device), generator.objective)
-        yield tuple(organs.with_array(task.decode(x, organs.shape[0]), name=case or organs.name, synthetic=True) for x in (z, x0))
+        yield tuple(organs.with_array(np.ascontiguousarray(task.decode(x, len(task.organs))[:n, :rows, :columns]), name=case or organs.name, synthetic=True) for x in (z, x0))
 
 # %% ../../nbs/07_generation/06_sampling.ipynb #86c2e2d9
 def group_hu(

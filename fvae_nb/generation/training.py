@@ -20,11 +20,16 @@ from ..settings import FVAEError
 from ..vaes.pretraining import Muon, learning_rate
 
 # %% auto #0
-__all__ = ['PLACES', 'TrainingError', 'TrainingConfig', 'Scaling', 'measure_scaling', 'training_example', 'fit_text',
-           'training_batch', 'diffusion_loss', 'held_out_loss', 'save_checkpoint', 'whole_checkpoint',
-           'newest_checkpoint', 'Generator', 'load_generator', 'pack_generator', 'train']
+__all__ = ['PLACES', 'TrainingError', 'TrainingConfig', 'Scaling', 'measure_scaling', 'channel_visibility', 'channel_weights',
+           'training_example', 'fit_text', 'training_batch', 'diffusion_loss', 'held_out_loss', 'save_checkpoint',
+           'whole_checkpoint', 'newest_checkpoint', 'Generator', 'load_generator', 'pack_generator', 'train']
 
-# %% ../../nbs/07_generation/05_training.ipynb #ccc4863d
+# %% ../../nbs/07_generation/05_training.ipynb #75e5c8af
+def _rng(*numbers):
+    "A generator for these numbers and no others"
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
+
+# %% ../../nbs/07_generation/05_training.ipynb #f2d6f12d
 class TrainingError(FVAEError):
     "Training, or a checkpoint, cannot work as asked"
 
@@ -48,6 +53,7 @@ class TrainingConfig(BaseModel):
     shift:int = Field(0, ge=0, description="latent cells a case is moved at most in its plane, mask and all; the border is repeated")
     dropout:float = Field(.1, ge=0, lt=1, description="share of examples without mask and text")
     min_snr:float = Field(0., ge=0, description="gamma of the Min-SNR weight; 0: none")
+    visible:float = Field(0., ge=0, le=2, description="exponent of a channel's visibility in the loss; 0: all channels alike, as the paper; 2: error as it would be seen")
     scaling:str = Field("channel", pattern="^(channel|scalar|none)$", description="channel: mean and deviation of each; scalar: one factor, no mean, the same for masks, as released; none")
     seed:int = Field(0, description="of cases, noise and times")
     every:int = Field(200, ge=1, description="steps between checkpoints")
@@ -104,11 +110,37 @@ def measure_scaling(
         out += [mean.tolist(), (q / n - mean**2).clamp(min=1e-6).rsqrt().tolist()]
     return Scaling(*out)
 
-# %% ../../nbs/07_generation/05_training.ipynb #b0ca8a13
-def _rng(*numbers):
-    "A generator for these integers and no others"
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
+# %% ../../nbs/07_generation/05_training.ipynb #666ed7ad
+@torch.no_grad()
+def channel_visibility(
+    vae,             # the cases' VAE, from `load_vae`
+    cases:Sequence,  # a few latent cases
+    scaling:Scaling, # measured
+    size:float=.3,   # of the change, in deviations
+) -> list[float]: # HU (root mean square, window -1000 to 1000), per deviation of each channel
+    "How much a decoded scan changes when a channel does"
+    from fvae_nb.vaes.interface import Latent
+    channels = cases[0].ct.shape[0]
+    out, scale = torch.zeros(channels), torch.as_tensor(scaling.scale, dtype=torch.float32).expand(channels)
+    for n, case in enumerate(cases):
+        decode = lambda z: vae.decode(Latent(z[None].to(case.ct), case.shape, case.vae))
+        clean, noise = decode(case.ct), torch.randn(case.ct.shape[1:], generator=_rng("visible", n))
+        for c in range(channels):
+            z = case.ct.clone(); z[c] += size * noise / scale[c]
+            out[c] += (decode(z) - clean).square().mean().sqrt().item() * 1000 / size / len(cases)
+    return out.tolist()
 
+def channel_weights(
+    visibility:list[float]|None, # from `channel_visibility`; None: unknown
+    power:float,                 # 0: all alike
+) -> torch.Tensor|None: # (1, c, 1, 1, 1), mean 1
+    "Weights of the channels in the loss"
+    if not power: return None
+    if visibility is None: raise TrainingError(f"visible = {power}: the facts of the run hold no visibility; measure it with channel_visibility, or set visible = 0")
+    w = torch.tensor(visibility)**power
+    return (w / w.mean()).view(1, -1, 1, 1, 1)
+
+# %% ../../nbs/07_generation/05_training.ipynb #2ffeba54
 @lru_cache(8)
 def _order(count, seed, epoch): return torch.randperm(count, generator=_rng(seed, "order", epoch)).tolist()
 
@@ -148,7 +180,7 @@ def fit_text(
     text = text[:tokens].float()
     return torch.cat([text, text.new_zeros(tokens - len(text), text.shape[1])])
 
-# %% ../../nbs/07_generation/05_training.ipynb #7a5a8926
+# %% ../../nbs/07_generation/05_training.ipynb #9546548d
 def training_batch(
     cases:Sequence,        # latent cases, or anything with len() and []
     config:TrainingConfig, scaling:Scaling, tokens:int, # as in `training_example`
@@ -169,12 +201,14 @@ def diffusion_loss(
     model:Callable,               # a Denoiser
     batch:dict[str, torch.Tensor], # from `training_batch`
     config:TrainingConfig,        # objective and weight
+    weights:torch.Tensor|None=None, # from `channel_weights`
 ) -> torch.Tensor: # mean
     "Squared error of the answer. Source: paper eq. 4"
     z = add_noise(batch["z0"], batch["noise"], batch["t"], config.objective)
     wanted = target(batch["z0"], batch["noise"], batch["t"], config.objective)
     error = (model(z, batch["t"], batch.get("condition"), batch["text"]).float() - wanted).square()
-    return (error * snr_weight(batch["t"], config.objective, config.min_snr) if config.min_snr else error).mean()
+    if config.min_snr: error = error * snr_weight(batch["t"], config.objective, config.min_snr)
+    return (error if weights is None else error * weights.to(error)).mean()
 
 # %% ../../nbs/07_generation/05_training.ipynb #fe358f44
 PLACES = (100, 300, 500, 700, 900)
@@ -353,7 +387,7 @@ def train(
     net.load_state_dict(run.mean or net.state_dict())
     return run.curve
 
-# %% ../../nbs/07_generation/05_training.ipynb #360dadc3
+# %% ../../nbs/07_generation/05_training.ipynb #08f84db3
 class _Run:
     "The state of a training run"
     def __init__(self, net, cases, checkpoints, config, facts, device):
@@ -366,6 +400,7 @@ class _Run:
         old = json.loads((found/"config.json").read_text()) if found else {}
         self._same(old)
         self.scaling = Scaling(**old["scaling"]) if found else facts["scaling"] if "scaling" in facts else measure_scaling(cases, config.scaling)
+        self.weights = channel_weights(facts.get("visibility") or old.get("visibility"), config.visible)
         self.facts = {k: v for k, v in facts.items() if k not in ("scaling", "tokens")}
         self.step, self.curve = old.get("step", 0), old.get("curve", [])
         self.seconds = self.curve[-1]["seconds"] if self.curve else 0.
@@ -393,7 +428,7 @@ class _Run:
 
     def cast(self): return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
-# %% ../../nbs/07_generation/05_training.ipynb #410c5da3
+# %% ../../nbs/07_generation/05_training.ipynb #e72f8d8f
 @patch
 def one(self:_Run) -> float:
     "One step; its loss over all processes"
@@ -401,7 +436,7 @@ def one(self:_Run) -> float:
     batch = {k: v.to(self.device) for k, v in training_batch(self.cases, c, self.scaling, self.tokens, self.step, a.process_index, a.num_processes).items()}
     factor = learning_rate(self.step, c.steps, c.constant, c.warm)
     for group in (g for o in self.optimisers for g in o.param_groups): group["lr"] = group["rate"] * factor
-    with self.cast(): loss = diffusion_loss(self.model, batch, c)
+    with self.cast(): loss = diffusion_loss(self.model, batch, c, self.weights)
     if not torch.isfinite(loss): raise TrainingError(f"step {self.step}: the loss is {loss.item()}; lower lr = {c.lr}, or set clip = 1")
     a.backward(loss)
     if c.clip: nn.utils.clip_grad_norm_(list(self.trained.values()), c.clip)

@@ -301,7 +301,7 @@ def beside_controls(
         out.append(f"{vae} beside {control} ({what}): {word}; difference of eps_phi {d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}), {d['n']} cases.")
     return out
 
-# %% ../../nbs/jobs/safety.ipynb #d619d437
+# %% ../../nbs/jobs/safety.ipynb #52beda2c
 def keep_results(
     folder:str|Path, # of a run
     path:str|Path,   # a small JSON, nbs/results/safety_NAME.json
@@ -311,8 +311,8 @@ def keep_results(
     for u in run.units:
         if run.sidecar(u).exists():
             payload, side = signed(run, u); r = json.loads(payload.read_bytes())
-            units.append(dict(vae=u.model, case=u.case, identity=side["identity"], sha256=side["sha256"], models={n: dict(image={k: f["image"][k] for k in ("psnr", "ssim", "mse")}, **({"eps": 1 - f["stability"]["symmetric"], "eps_paper": 1 - f["stability"]["paper"]} if f.get("stability", {}).get("used") else {}), **{k: f[k] for k in ("match", "masks") if k in f}) for n, f in r["models"].items()}))
-    kept = dict(params={k: v for k, v in run.params.items() if k not in ("cases", "masks", "labels", "labels_back", "reconstructions", "segmenter")} | {"segmenter": Path(run.params["segmenter"]).name}, date=run.read("provenance.json")["created_at"][:10], head=HEAD, organs=organ_rows(folder),
+            units.append(dict(vae=u.model, case=u.case, identity=side["identity"], sha256=side["sha256"], models={n: dict(image={k: f["image"][k] for k in ("psnr", "ssim", "mse")}, **({"eps": 1 - f["stability"]["symmetric"], "eps_paper": 1 - f["stability"]["paper"]} if f.get("stability", {}).get("used") else {}), **({"match": f["match"]} if "match" in f else {}), **({"masks": {m: {k: v[k] for k in ("bias", "rms", "ml")} for m, v in f["masks"].items()}} if "masks" in f else {})) for n, f in r["models"].items()}))
+    kept = dict(params={k: v for k, v in run.params.items() if k not in ("cases", "masks", "labels", "labels_back", "reconstructions", "segmenter")} | {"segmenter": Path(run.params["segmenter"]).name}, date=run.read("provenance.json")["created_at"][:10], head=[h for h in HEAD if h != "core HU"], organs=[[v for h, v in zip(HEAD, r) if h != "core HU"] for r in organ_rows(folder)],
                 verdicts=verdicts(folder), beside=beside_controls(folder), units=units)
     write_atomic(path, json.dumps(_short(plain(kept)), separators=(",", ":")).encode())
     return Path(path)

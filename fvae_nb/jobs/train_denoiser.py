@@ -13,9 +13,9 @@ from ..running.cases import JobError, Run, Unit, fingerprint
 from ..running.jobs import JobParams, Place, do_units
 
 # %% auto #0
-__all__ = ['Params', 'training_config', 'cases', 'read_cases', 'facts_of', 'run', 'draw_sample', 'show_run', 'plot_curve']
+__all__ = ['Params', 'training_config', 'cases', 'read_cases', 'facts_of', 'run', 'seen', 'draw_sample', 'show_run', 'plot_curve']
 
-# %% ../../nbs/jobs/train_denoiser.ipynb #bf94bc97
+# %% ../../nbs/jobs/train_denoiser.ipynb #1a40e324
 class Params(JobParams):
     "Train a denoiser on stored latents"
     latents:Place = Field("", description="folder that the job encode wrote. Empty: a few drawn thoraxes (SYNTHETIC), encoded on the spot")
@@ -41,6 +41,7 @@ class Params(JobParams):
     shift:int = Field(0, ge=0, description="latent cells a case is moved at most in its plane, with its mask")
     dropout:float = Field(.1, ge=0, lt=1, description="share of examples without mask and text: makes guidance possible")
     min_snr:float = Field(0., ge=0, description="gamma of the Min-SNR weight (eps, v); 0: none")
+    visible:float = Field(0., ge=0, le=2, description="exponent of a channel's visibility in the loss; 0: all alike, as the paper")
     scaling:str = Field("channel", pattern="^(channel|scalar|none)$", description="how latents are brought to deviation 1")
     every:int = Field(10, ge=1, description="steps between checkpoints")
     seed:int = Field(0, description="of weights, cases, noise")
@@ -111,7 +112,7 @@ def facts_of(
     made = sum(bool(c.meta.get("synthetic")) for c in cases)
     return out | dict(latent_shape=list(cases[0].ct.shape), data=dict(cases=len({c.case for c in cases}), synthetic=made == len(cases), note=f"{made} of {len(cases)} examples come from drawn, SYNTHETIC scans. Not for clinical use"))
 
-# %% ../../nbs/jobs/train_denoiser.ipynb #2797d3ac
+# %% ../../nbs/jobs/train_denoiser.ipynb #00664a89
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder, with volumes/generator/denoiser.safetensors and checkpoints
@@ -127,11 +128,23 @@ def run(
         config = sized(params.size, latent=one.ct.shape[0], condition=0 if one.mask is None else one.mask.shape[0], text=1 if one.text is None else one.text.shape[1], slices=params.slices, padding=params.padding)
         net = Denoiser(config)
         if params.start: facts |= _take(net, params)
+        if params.visible: facts |= seen(known[:2], facts, params)
         curve = train(net, known, held, run.folder/"checkpoints", training_config(params), facts, _tell(), _sampler(run, held[0], params) if params.sample_steps else None, device)
         pack_generator(load_generator(run.folder/"checkpoints"), part)
         last = curve[-1]
         return {"loss": round(last["loss"], 5), "held": round(last.get("held", float("nan")), 5), "steps": params.steps, "cases": len(known), "parameters": sum(p.numel() for p in net.parameters()), "curve": curve}
     return do_units("train_denoiser", params, do, lambda run, unit: run.payload(unit, "volumes", ".safetensors"), lambda run, unit: {"latents": params.latents and _prints(params.latents)})[0]
+
+def seen(
+    cases:list,    # a few latent cases
+    facts:dict,    # may hold the scaling
+    params:Params, # of the job
+) -> dict: # visibility of each channel
+    "How much each channel is seen, for the loss's weights"
+    from fvae_nb.generation.training import channel_visibility, measure_scaling
+    from fvae_nb.vaes.interface import load_vae
+    scaling = facts.get("scaling") or measure_scaling(cases, params.scaling)
+    return dict(visibility=[float(f"{v:.4g}") for v in channel_visibility(load_vae(cases[0].vae), cases, scaling)])
 
 def _prints(folder):
     "One hash for all latent files"

@@ -145,7 +145,7 @@ def noise_power(
     keep = [k for k in range(1, len(edges)) if (at == k).any()]
     return np.array([f[at == k].mean() for k in keep]), np.array([power[at == k].mean() for k in keep]), len(p)
 
-# %% ../../nbs/05_reconstruction/03_residual.ipynb #49eacc52
+# %% ../../nbs/05_reconstruction/03_residual.ipynb #f7b05db9
 def ball(
     background:float=-850.,  # HU
     inside:float=50.,        # HU
@@ -190,8 +190,9 @@ def transfer(
     response:dict,  # of `edge_response`
     most:float=.5,  # cycles per mm
 ) -> tuple[np.ndarray, np.ndarray]: # cycles per mm, modulation (1 at 0)
-    "MTF: the transform of the edge's slope, under a Hann window so that noise in the plateaus stays out"
-    slope = -np.diff(response["hu"])/(response["high"] - response["low"]) * np.hanning(len(response["hu"]) - 1)
+    "MTF: the transform of the edge's slope, under a window that is flat around the edge and keeps the plateaus' noise out"
+    from scipy.signal.windows import tukey
+    slope = -np.diff(response["hu"])/(response["high"] - response["low"]) * tukey(len(response["hu"]) - 1, .5)
     at = (response["at"][1:] + response["at"][:-1])/2; f = np.linspace(0, most, 26)
     m = np.abs((slope[None]*np.exp(-2j*np.pi*f[:, None]*at[None])).sum(1))
     return f, m/m[0]

@@ -1,0 +1,213 @@
+"Generators' files by convention, a guard against wrong units, strict pairs and prompts, scores beside floors; the job end to end."
+import csv, json, math
+import nibabel as nib
+import numpy as np
+import pytest
+from fvae_nb.data.ct import DataError, ct_volume, read_ct, write_ct
+from fvae_nb.data.samples import ellipsoid_thorax
+from fvae_nb.evaluation.generated import (CONVENTIONS, DEFECTS, case_id, cosine_score, fit_text_map, hu_doubts, mismatched, pair_up, read_generated,
+                                          read_prompts, score_sets, toolkit_fvd, volumes_in)
+from fvae_nb.metrics.frechet import frechet
+
+
+@pytest.fixture(scope="module")
+def ct():
+    v = ellipsoid_thorax((20, 32, 24), (12., 11., 15.)); a = v.array.copy(); a[3, 5, 2] = 900                        # marks a corner that no flip keeps
+    return v.with_array(a)
+
+
+def save(path, array, affine=np.eye(4)): nib.save(nib.Nifti1Image(array, affine), path); return path
+
+
+WRITERS = {  # convention -> (array as stored, affine, arguments to read it)
+    "fvae": lambda ct: (None, None, {}),
+    "maisi": lambda ct: (np.clip(ct.array, -1000, 1000).transpose(2, 1, 0)[::-1, ::-1].astype(np.int16), np.diag([15., 11., 12., 1.]), {}),
+    "medsyn": lambda ct: (np.clip(ct.array, -1024, 600).transpose(2, 1, 0).astype(np.int16), np.diag([-1., -1., 1., 1.]), dict(spacing=(12., 11., 15.))),
+    "generatect": lambda ct: ((ct.array/1000).transpose(2, 1, 0).astype(np.float32), np.eye(4), dict(spacing=(12., 11., 15.))),
+    "generatect-sr": lambda ct: (((np.clip(ct.array, -1000, 1000) + 1000)/2000).transpose(1, 2, 0)[..., None].astype(np.float32), np.eye(4), dict(spacing=(12., 11., 15.)))}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_convention_comes_back_in_hu(tmp_path, ct, name):
+    array, affine, more = WRITERS[name](ct)
+    path = tmp_path / "case7_SYNTHETIC.nii.gz"
+    if array is None: write_ct(ct, path, "int16")
+    else: save(path, array, affine)
+    back = read_generated(path, name, **more)
+    low, high = {"fvae": (-9999, 9999), "maisi": (-1000, 1000), "medsyn": (-1024, 600), "generatect": (-9999, 9999), "generatect-sr": (-1000, 1000)}[name]
+    assert back.shape == ct.shape and np.abs(back.array - np.clip(ct.array, low, high)).max() <= 1 and back.spacing == pytest.approx(ct.spacing)
+    assert back.synthetic and back.name == "case7"
+
+
+def test_the_release_writes_another_matrix_with_the_reference_affine(tmp_path, ct):
+    real = write_ct(ct, tmp_path / "real.nii.gz"); stored = nib.load(real)
+    half = save(tmp_path / "a.nii.gz", np.asarray(stored.dataobj)[::2, ::2].astype(np.int16), stored.affine)
+    back = read_generated(half, "foundation-vae", reference=read_ct(real))
+    assert back.spacing == pytest.approx((12., 22., 30.))
+    with pytest.raises(DataError, match="give the reference"): read_generated(half, "foundation-vae")
+
+
+@pytest.mark.parametrize("written, read", [(a, b) for a in ("generatect", "generatect-sr") for b in CONVENTIONS if a != b])
+def test_the_wrong_convention_is_refused(tmp_path, ct, written, read):
+    array, affine, _ = WRITERS[written](ct); path = save(tmp_path / "x.nii.gz", array, affine)
+    with pytest.raises(DataError): read_generated(path, read, spacing=(12., 11., 15.), reference=ct)
+
+
+def test_a_voxel_size_nobody_wrote_must_be_given(tmp_path, ct):
+    with pytest.raises(DataError, match="give spacing"): read_generated(tmp_path / "x.nii.gz", "medsyn")
+    with pytest.raises(DataError, match="expected one of"): read_generated(tmp_path / "x.nii.gz", "medsin")
+
+
+@pytest.mark.parametrize("change, told", [(lambda a: a + 1024, "intercept"), (lambda a: a/1000, "spread"), (lambda a: np.maximum(a, -200), "no air"), (lambda a: np.minimum(a, 100), "no bone")])
+def test_guard(ct, change, told):
+    assert hu_doubts(ct) == [] and any(told in d for d in hu_doubts(ct.with_array(change(ct.array).astype(np.float32))))
+
+
+# ---- pairs and prompts
+
+def test_volumes_by_case_without_masks(tmp_path, ct):
+    for n in ("a_SYNTHETIC.nii.gz", "a_SYNTHETIC_mask.nii.gz", "b.nii.gz", "b_mask.nii.gz", "._c.nii.gz", "notes.txt"): (tmp_path / n).write_bytes(b"")
+    assert list(volumes_in(tmp_path)) == ["a", "b"] and case_id("x/valid_1_a_1.mha") == "valid_1_a_1"
+    (tmp_path / "a.nii").write_bytes(b"")
+    with pytest.raises(DataError, match="same case"): volumes_in(tmp_path)
+    with pytest.raises(DataError, match="no such folder"): volumes_in(tmp_path / "none")
+
+
+def test_prompts(tmp_path):
+    f = tmp_path / "p.csv"; f.write_text("\ufeffNames,Text_prompts\nvalid_1_a_1.nii.gz,\"Nodule, left.\"\n")
+    assert read_prompts(f) == {"valid_1_a_1": "Nodule, left."}
+    f.write_text("Names,Text_prompts\na,one\na.nii.gz,two\n")
+    with pytest.raises(DataError, match="two prompts for a"): read_prompts(f)
+    f.write_text("name,text\na,b\n")
+    with pytest.raises(DataError, match="expected Names and Text_prompts"): read_prompts(f)
+
+
+def test_a_missing_prompt_is_an_error_unless_named():
+    made = real = {"a": "x", "b": "y"}
+    with pytest.raises(DataError, match="first b.*B4"): pair_up(made, real, {"a": "t"})
+    assert [p.prompt for p in pair_up(made, real, {"a": "t"}, "empty")[0]] == ["t", ""]
+    assert pair_up({"a": 1, "c": 2}, {"a": 1, "d": 2})[1:] == (["c"], ["d"])
+
+
+# ---- scores
+
+def test_cosines_are_cut_case_by_case():
+    a, b = np.array([[1., 0], [1, 0], [0, 1]]), np.array([[2., 0], [-1, 0], [1, 1]])
+    s = cosine_score(a, b)
+    assert s["each"] == pytest.approx([100, -100, 100/math.sqrt(2)]) and s["score"] == pytest.approx((100 + 0 + 70.7107)/3) and s["uncut"] == pytest.approx(70.7107/3)
+    assert mismatched(np.eye(3), np.eye(3)) == 0 and math.isnan(mismatched(np.eye(1), np.eye(1)))
+    with pytest.raises(DataError, match="expected pairs"): cosine_score(a, b[:2])
+
+
+def rows(n, seed, shift=0.):
+    r = np.random.default_rng(seed)
+    return [{"volume": r.standard_normal((1, 5)) + shift} | {p: r.standard_normal((4, 3)) + shift for p in ("axial", "sagittal", "coronal")} | {"constant": np.array([[.3]])} for _ in range(n)]
+
+
+def test_scores_carry_floors_and_real_rows():
+    real, near, far, pool = rows(8, 0), rows(8, 1), rows(8, 2, 2.), rows(9, 3)
+    a, b = score_sets(real, near, pool, draws=3), score_sets(real, far, pool, draws=3)
+    assert a["fvd"]["value"] < b["fvd"]["value"] and a["fvd"]["floor"] == b["fvd"]["floor"] and a["fvd"]["floor_n"] == 8
+    assert b["fvd"]["value"] == pytest.approx(frechet(*(np.concatenate([f["volume"] for f in s]) for s in (real, far))))
+    assert a["fid"]["avg"]["value"] == pytest.approx(np.mean([a["fid"][p]["value"] for p in ("axial", "sagittal", "coronal")]))
+    assert a["constant"] == pytest.approx({"real": .3, "made": .3}) and "i2i_other_case" in a["real"] and "t2i" not in a
+    with pytest.raises(DataError, match="expected pairs"): score_sets(real, near[:3], pool)
+
+
+def test_one_pair_gives_nan_and_a_note():
+    s = score_sets(rows(1, 0), rows(1, 1), draws=2)
+    assert math.isnan(s["fvd"]["value"]) and "at least 2" in s["fvd"]["note"] and s["i2i"]["n"] == 1
+
+
+def test_a_standins_text_map_finds_the_right_prompt():
+    r = np.random.default_rng(0); way = r.standard_normal((6, 10)); x = r.standard_normal((60, 6)); t = x @ way + .1*r.standard_normal((60, 10)) + 5
+    m = fit_text_map(x[:50], t[:50], ridge=1.)
+    s = score_sets([{"volume": v[None]} for v in x[50:]], [{"volume": v[None]} for v in x[50:]], [{"volume": v[None]} for v in x[:50]], t[50:], m, center=True, draws=2)
+    assert s["t2i"]["score"] > 90 > 60 > s["real"]["t2i_other_prompt"] and s["avg"] == pytest.approx((s["i2i"]["score"] + s["t2i"]["score"])/2)
+    with pytest.raises(DataError, match="at least 4"): fit_text_map(x[:3], t[:3])
+
+
+def test_toolkit_variants_are_named_and_off():
+    assert list(DEFECTS) == [f"B{n}" for n in range(1, 11)]
+    x, y = np.random.default_rng(0).random((2, 8, 1, 96))
+    assert toolkit_fvd(x, y) > frechet(x[:, 0], y[:, 0]) and math.isnan(toolkit_fvd(x[:5], y[:5]))
+
+
+# ---- the job
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Twelve crude patients: six real, six further, and generated volumes with the mask's lungs moved in one"
+    root = tmp_path_factory.mktemp("sets")
+    for n in range(10):
+        v = ellipsoid_thorax((20, 32, 32), (12., 11., 11.), seed=n); r = np.random.default_rng(n)
+        hu = np.roll(v.array, r.integers(-1, 2, 2), (1, 2))
+        lung = np.where(np.abs(hu + 830) < 90, 30, np.where(hu > -500, 200, 0)).astype(np.uint8)
+        write_ct(v.with_array(hu.astype(np.float32)), root / ("real" if n < 5 else "pool") / f"c{n}.nii.gz", "int16")
+        if n < 5:
+            write_ct(v.with_array(hu.astype(np.float32) + 5), root / "made" / f"c{n}_SYNTHETIC.nii.gz", "int16")
+            write_ct(v.with_array(lung), root / "made" / f"c{n}_SYNTHETIC_mask.nii.gz")
+    with open(root / "p.csv", "w", newline="") as f: csv.writer(f).writerows([["Names", "Text_prompts"], *([f"c{n}.nii.gz", f"Report {n}: " + ("effusion" if n % 2 else "clear lungs")] for n in range(10))])
+    return root
+
+
+def job_params(root, **more):
+    from fvae_nb.jobs.evaluate import Params
+    return Params(**dict(generated=[str(root / "made")], reference=str(root / "real"), pool=str(root / "pool"), prompts=str(root / "p.csv"), cube=16, mm=25., draws=2, device="cpu") | more)
+
+
+def test_job_from_folders_to_tables(folders, tmp_path, monkeypatch):
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache"))
+    run = job.run(job_params(folders, run=str(tmp_path / "run")))
+    out = json.loads((run.folder / "evaluation.json").read_text())
+    row, = out["table2"]
+    assert row["method"] == "made" and row["scores"]["n"] == 5 and row["scores"]["i2i"]["score"] > 90 and row["scores"]["fvd"]["floor_n"] == 5 and "t2i" in row["scores"]
+    assert {r["method"] for r in out["table3"]} == {"made", "real scans, the ceiling"} and out["table3"][0]["groups"]["lung"]["dice"] > 80 and out["table3"][0]["groups"]["heart"]["n"] == 0
+    assert out["off_target"]["made"]["n"] == 5
+    for t in ("table2", "table3"):
+        for end in ("md", "csv", "tex"): assert (run.folder / "tables" / f"{t}.{end}").stat().st_size > 200
+    cells = list(csv.DictReader((run.folder / "tables/table2.csv").open()))
+    mine = [c for c in cells if c["value"] and "paper" not in c["source"]]
+    assert mine and all(json.loads(c["source"])["params_sha256"] == run.params_sha256 for c in mine)
+    assert "stand-in" in (run.folder / "tables/table2.md").read_text() and "| FVD CT-CLIP |" not in (run.folder / "tables/table2.md").read_text()
+    before = sorted(p.stat().st_mtime_ns for p in (run.folder / "features").rglob("*.npz")); job.run(job_params(folders, run=str(tmp_path / "run")))
+    assert sorted(p.stat().st_mtime_ns for p in (run.folder / "features").rglob("*.npz")) == before                       # done is done
+
+
+def signed_run(root, tmp_path):
+    "A run of generate as its sidecars describe it"
+    from fvae_nb.running.cases import Run, Unit, canonical, publish, write_atomic
+    run = Run(tmp_path / "generate-1"); run.folder.mkdir()
+    write_atomic(run.folder / "params.json", canonical({"job": "generate"}))
+    write_atomic(run.folder / "cases.json", canonical({"cases": [dict(id=f"c{n}", path=None, prompt=f"Prompt {n}") for n in range(2)], "units": [["ours", f"c{n}"] for n in range(2)]}))
+    for n in range(2):
+        part = run.folder / f"part{n}"; part.write_bytes((root / "made" / f"c{n}_SYNTHETIC.nii.gz").read_bytes()); u = Unit("ours", f"c{n}")
+        publish(run, u, part, run.payload(u, suffix="_SYNTHETIC.nii.gz"), dict(identity={}, metrics={"peak_mb": 2048}, seconds=3.5))
+    return run
+
+
+def test_job_reads_runs_and_refuses_what_is_unsigned(folders, tmp_path):
+    from fvae_nb.jobs import evaluate as job
+    from fvae_nb.running.cases import JobError
+    run = signed_run(folders, tmp_path)
+    found, names = job.cases(job_params(folders, generated=[str(run.folder)], prompts="", pool=""))
+    assert names == ["ours"] and [c["id"] for c in found] == ["c0", "c1"] and found[0]["made"]["ours"]["seconds"] == 3.5 and found[1]["prompt"] == "Prompt 1"
+    stray = run.folder / "volumes/ours/c2_SYNTHETIC.nii.gz"; stray.write_bytes((folders / "made/c2_SYNTHETIC.nii.gz").read_bytes())
+    with pytest.raises(JobError, match="unsigned"): job.cases(job_params(folders, generated=[str(run.folder)]))
+    stray.unlink(); file = run.folder / "volumes/ours/c0_SYNTHETIC.nii.gz"; data = bytearray(file.read_bytes()); data[-1] ^= 1; file.write_bytes(data)
+    with pytest.raises(JobError, match="unsigned"): job.cases(job_params(folders, generated=[str(run.folder)]))            # altered since it was signed
+
+
+@pytest.mark.parametrize("more, told", [(dict(convention="medsin"), "convention"), (dict(generated=["phantom:same"]), "needs reference=phantom"), (dict(reference="/nowhere/x"), "no such folder")])
+def test_job_parameters_are_checked_before_anything_is_written(folders, more, told):
+    from fvae_nb.jobs import evaluate as job
+    with pytest.raises(ValueError, match=told): job.cases(job_params(folders, **more))
+
+
+def test_job_pool_and_prompts_are_checked(folders, tmp_path):
+    from fvae_nb.jobs import evaluate as job
+    from fvae_nb.running.cases import JobError
+    with pytest.raises(JobError, match="scored case too"): job.cases(job_params(folders, pool=str(folders / "real")))
+    (tmp_path / "q.csv").write_text("Names,Text_prompts\nc0,one\n")
+    with pytest.raises(JobError, match="no prompt for 4 of 5 cases, first c1"): job.cases(job_params(folders, prompts=str(tmp_path / "q.csv")))
