@@ -50,6 +50,15 @@ def scans(folder, n, shape=(5, 24, 24)):
     return str(folder)
 
 
+TWO = """pipeline: two
+version: 1
+variables: {vae: tiny, cases: thorax}
+stages:
+  residual: {job: residual, params: {vae: "{vae}", cases: "{cases}", slices: 5, wide: 5}, after: reconstruct}
+  reconstruct: {job: reconstruct, params: {vae: "{vae}", cases: "{cases}"}, shards: 2}
+"""
+
+
 def tree(run): return {str(p.relative_to(run)): __import__("hashlib").sha256(p.read_bytes()).hexdigest() for p in sorted(Path(run).glob("volumes/**/*.nii.gz"))}
 
 
@@ -198,11 +207,12 @@ def test_an_id_that_is_not_ours_is_lost_and_only_missing_sends_the_rest(cluster,
 @pytest.mark.slow
 def test_a_pipeline_is_one_chain(cluster, here):
     (here / "in").mkdir(); scans(here / "in", 2)
-    ids = slurm.submit_pipeline("smoke", here / "p", ["vae=dct", f"cases={here / 'in'}"], cpus=1)
+    (here / "two.yaml").write_text(TWO)
+    ids = slurm.submit_pipeline("two.yaml", here / "p", ["vae=dct", f"cases={here / 'in'}"], cpus=1)
     assert list(ids) == ["reconstruct", "residual"]
     assert all(set(cluster.wait(i).values()) == {"COMPLETED"} for i in ids.values())
     assert all(status(here / "p" / k)["missing"] == [] for k in ids)
-    again = slurm.run_pipeline("smoke", here / "p", ["vae=dct", f"cases={here / 'in'}"], show=lambda line: None)    # the same folders: nothing left to do
+    again = slurm.run_pipeline("two.yaml", here / "p", ["vae=dct", f"cases={here / 'in'}"], show=lambda line: None)    # the same folders: nothing left to do
     assert again == 0
 
 
