@@ -132,6 +132,7 @@ def fixed_rows(gain, n=8):
 def test_comparison_counts_patients_and_not_scans_or_seeds():
     real, other = augment.compare(fixed_rows(3.), "dsc.t")
     assert (other["n"], other["scans"], other["seeds"]) == (4, 8, 2) and other["diff"] == pytest.approx(3) and other["low"] == pytest.approx(3) and real["diff"] == 0
+    assert other["by_seed"] == pytest.approx({0: 3., 1: 3.})
     assert augment.compare(fixed_rows(3.), "nsd.t")[1]["scans"] == 7
     part = [r for r in fixed_rows(3.) if not (r["arm"] == "replace.x" and r["seed"] == 1)]
     assert augment.compare(part, "dsc.t")[1]["seeds"] == 1 and augment.compare(part, "dsc.t")[1]["diff"] == pytest.approx(3)   # an unfinished seed is left out of both

@@ -176,7 +176,7 @@ def paired(
     out |= dict(low=float(np.quantile(means, .025)), high=float(np.quantile(means, .975)), detectable=float(2.8*d.std(ddof=1)/math.sqrt(n)))
     return out | dict(p=float(wilcoxon(d).pvalue) if (d != 0).any() else 1.)
 
-# %% ../../nbs/06_augmentation/01_views.ipynb #47f96afb
+# %% ../../nbs/06_augmentation/01_views.ipynb #78e1877f
 _TUMOUR, _ORGAN, _FOUND, _TRUTH = "#009e73", "#f0e442", "#e41a1c", "#1f78ff"   # contours; frames of the insets, red and blue as printed
 
 def _lesion(truth, tumour, ct):
@@ -188,20 +188,22 @@ def _lesion(truth, tumour, ct):
 
 def _contours(ax, labels, tumour, organ, width=1.4):
     "Tumour solid and green, organ dashed and yellow"
+    limits = ax.get_xlim(), ax.get_ylim()                                  # a contour would widen them
     for wanted, colour, style in ((organ, _ORGAN, "--"), (tumour, _TUMOUR, "-")):
         if wanted and (here := labels == wanted).any():
             edge = np.pad(here, 1).astype(float); at = [np.arange(n) - 1 for n in edge.shape]
             ax.contour(at[1], at[0], edge, [.5], colors=colour, linestyles=style, linewidths=width)
+    ax.set(xlim=limits[0], ylim=limits[1])
 
 def _enlarged(ax, picture, box, place, frame, **how):
     "A square of the picture in a corner"
     r, c, n = box
     inset = ax.inset_axes(place); inset.imshow(picture[r:r+n, c:c+n], extent=(c - .5, c + n - .5, r + n - .5, r - .5), **how)
-    inset.set(xticks=[], yticks=[])
+    inset.set(xticks=[], yticks=[], xlim=(c - .5, c + n - .5), ylim=(r + n - .5, r - .5))
     for side in inset.spines.values(): side.set(edgecolor=frame, linewidth=1.6)
     return inset
 
-# %% ../../nbs/06_augmentation/01_views.ipynb #7e313684
+# %% ../../nbs/06_augmentation/01_views.ipynb #c50b52cc
 def show_views(
     ct:CTVolume,                # the scan
     backs:dict[str, CTVolume],  # name -> reconstruction on its grid; the columns beside the scan
@@ -233,7 +235,7 @@ def show_views(
             for at in (top, inset): _contours(at, labels.array[index], tumour, organ)
         top.add_patch(plt.Rectangle((box[1] - .5, box[0] - .5), box[2], box[2], fill=False, ec=_FOUND, lw=1))
         if n:
-            colours = dict(cmap="PuOr_r", vmin=-error, vmax=error, aspect=aspect)
+            colours = dict(cmap=plt.get_cmap("PuOr_r", 21), vmin=-error, vmax=error, aspect=aspect)
             shown = low.imshow(clip(v) - clip(ct), **colours); _enlarged(low, clip(v) - clip(ct), box, [.58, 0, .42, .42], _FOUND, **colours)
     _scale_bar(axes[0, 0], ct.shape[2], ct.spacing[2])
     _contours(_enlarged(axes[0, 0], clip(ct), box, [0, .58, .42, .42], _TRUTH, **gray), truth.array[index], tumour, organ)

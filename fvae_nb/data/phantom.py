@@ -503,7 +503,7 @@ def _draw(cover, low, step, shape, box, lo, a, b, r, weight, h):
     good = (c > 0) & ok[0][:, :, None, None] & ok[1][:, None, :, None] & ok[2][:, None, None, :]
     np.maximum.at(cover.reshape(-1), flat[good], c[good])
 
-# %% ../../nbs/01_data/04_phantom.ipynb #d57c093f
+# %% ../../nbs/01_data/04_phantom.ipynb #b7fe980e
 def _real(who, points):
     "Anatomical points (x, y, z mm) where they lie in the scanner: the warp undone"
     from scipy.ndimage import map_coordinates
@@ -552,6 +552,7 @@ def _plan(g, lung, lobe, d):
         return _Plan(d, size, holes=np.c_[at, 1 + rng.gamma(4, .75, len(pick))])
     return _Plan(d, size, rng.uniform(0, 1, 3))
 
+# %% ../../nbs/01_data/04_phantom.ipynb #c2ce648c
 def _centre(g, lung, lobe, d, size, rng):
     "Centre (x, y, z) and lobe of a nodule or a consolidation"
     if d.place is not None:
@@ -568,6 +569,7 @@ def _centre(g, lung, lobe, d, size, rng):
     at = deep[rng.integers(len(deep))] if len(deep) else np.array(lung.shape)//2
     return np.array([g.axes[k][at[k]] for k in (2, 1, 0)]), int(lobe[tuple(at)])
 
+# %% ../../nbs/01_data/04_phantom.ipynb #713e56ec
 def _tree_of(who, diseases=(Disease("nodule"),)):
     "The patient's arteries, veins and airways as capsules (x, y, z, x, y, z, radius mm), and where the findings are"
     step = 5.

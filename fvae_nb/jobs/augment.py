@@ -13,8 +13,8 @@ from ..running.jobs import JobParams, Place, do_units, locked, place
 
 # %% auto #0
 __all__ = ['Params', 'manifest_rows', 'folds_of', 'cases', 'Scans', 'labelled', 'recipe_of', 'train_unit', 'nnunet_unit',
-           'test_unit', 'run', 'read_rows', 'compare', 'metrics_of', 'table', 'draw_differences', 'show_run',
-           'keep_results', 'read_kept']
+           'test_unit', 'run', 'read_rows', 'compare', 'metrics_of', 'table', 'draw_differences', 'draw_case',
+           'show_run', 'keep_results', 'read_kept']
 
 # %% ../../nbs/jobs/augment.ipynb #748aa856
 class Params(JobParams):
@@ -398,11 +398,36 @@ def _beside_the_paper(rows, which):
     lines = [[a, *(f"{ours[m][a]['mean']:.1f} ± {ours[m][a]['sd']:.1f}" for m in names), *(printed("real" if a == "real" else a.partition(".")[2], m) for m in names)] for a in ours[names[0]]]
     return html_table(["arm", *names, *(f"paper: {m}" for m in names)], lines, f"Table 1, {which}. The paper does not say which of replace and add its rows are, whether test scans were reconstructed, nor the tolerance of its NSD")
 
-# %% ../../nbs/jobs/augment.ipynb #b53f0b7d
+# %% ../../nbs/jobs/augment.ipynb #72e75932
+def draw_case(
+    folder:str|Path,   # of a run
+    case:str="",       # a case that was tested; empty: the first one
+    sources:list[str]|None=None, # columns; None: every source that has a `replace` arm
+    path:str|Path="",  # of the picture; empty: none
+    title:str="",      # attribution where a licence asks for it
+    window:str|tuple[float, float]|None=None, # display window; None: the segmenter's
+):
+    "Figure 2 for a tested case: each column's contours are those of the net trained on it, applied to the scan"
+    from fvae_nb.augmentation.segmenters import load_segmenter
+    from fvae_nb.augmentation.views import read_view, show_views
+    run = Run(folder); params = Params(**{k: v for k, v in run.params.items() if k != "job"}); scans = Scans(params, run)
+    here = next((s for s in run.sources.values() if (case in s["test"] or not case) and (run.folder/"nets"/"real"/f"{s['id']}.safetensors").is_file()), None)
+    if here is None: raise JobError(f"{case or folder}: no net of the arm real was tested on it in {run.folder}; give a tested case of a run with dynunet")
+    case = case or here["test"][0]; ct, truth = scans.scan(case)
+    if sources is None: sources = [u.model[8:] for u in run.units if u.model.startswith("replace.") and u.case == here["id"] and done(run, u)]
+    backs = {s: scans.cut(read_view(params.views_folder or run.folder/"views", s, case)[0] if (run.folder/"views"/s/f"{case}.json").is_file() else scans.view(case, s), truth) for s in sources}
+    ct, truth = scans.cut(ct, truth), scans.cut(truth, truth)
+    found = {n: load_segmenter(run.folder/"nets"/("real" if n == "real" else f"replace.{n}")/f"{here['id']}.safetensors")(ct) for n in ("real", *sources)}
+    names = sorted(params.labels); tumour = names.index("tumour") + 1 if "tumour" in names else len(names)
+    fig = show_views(ct, backs, truth, found, tumour, 3 - tumour if len(names) == 2 else 0, window or scans.recipe.window, title="  ".join(filter(None, (case, title))))
+    if path: Path(path).parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {})
+    return fig
+
+# %% ../../nbs/jobs/augment.ipynb #166a8544
 def show_run(
     folder:str|Path, # of a run
 ):
-    "Tables per metric and kind of test scan, differences, and what each training learnt"
+    "Tables per metric and kind of test scan, differences, and Figure 2 of the first case"
     from IPython.display import HTML, display
     import matplotlib.pyplot as plt
     rows, params = read_rows(folder), Run(folder).params
@@ -412,6 +437,7 @@ def show_run(
         if "real" in {r["arm"] for r in rows}:
             for metric in metrics_of(rows): display(HTML(table(rows, metric, on)))
             if len({r["arm"] for r in rows}) > 1: draw_differences(rows, on); plt.show()
+    if any((Path(folder)/"nets").glob("real/*.safetensors")) and any(r["voxels"] for r in rows): draw_case(folder, next(r["case"] for r in rows if r["voxels"])); plt.show()
 
 def keep_results(
     folder:str|Path, # of a run

@@ -13,7 +13,8 @@ from ..running.cases import JobError, Run, Unit, fingerprint
 from ..running.jobs import JobParams, Place, do_units
 
 # %% auto #0
-__all__ = ['Params', 'training_config', 'cases', 'read_cases', 'facts_of', 'run', 'seen', 'draw_sample', 'show_run', 'plot_curve']
+__all__ = ['Params', 'training_config', 'cases', 'read_cases', 'facts_of', 'run', 'seen', 'draw_sample', 'show_run', 'plot_curve',
+           'keep_results']
 
 # %% ../../nbs/jobs/train_denoiser.ipynb #1a40e324
 class Params(JobParams):
@@ -222,3 +223,24 @@ def plot_curve(
     b.set(xlabel="step", ylabel="squared error", title="Held-out cases, the same noise each time")
     if judged: b.legend(fontsize=7)
     plt.show()
+
+# %% ../../nbs/jobs/train_denoiser.ipynb #c68fec9c
+def keep_results(
+    folder:str|Path,   # a run, or its checkpoints
+    path:str|Path,     # a small JSON, nbs/results/NAME.json
+    before:tuple=(),   # checkpoints whose weights the run started from: their curves come first
+) -> Path:
+    "What the book shows of a training: curve, slice kernels, parameters, hashes"
+    import time, torch
+    from fvae_nb.generation.training import newest_checkpoint
+    from fvae_nb.running.cases import sha256_of, write_atomic
+    found = lambda f: newest_checkpoint(Path(f)/"checkpoints" if (Path(f)/"checkpoints").is_dir() else f)
+    generator, last = load_generator(folder), found(folder)
+    names, order = {id(m): n.removesuffix(".slice") for n, m in generator.model.unet.named_modules()}, ("conv_in", "down", "mid", "up", "conv_out")
+    taps = lambda w: [[round(float(q), 4) for q in torch.diagonal(w).T[:, n].quantile(torch.tensor([.1, .5, .9]))] if w.shape[1] > 1 else [round(float(q), 4) for q in w[:, 0, n].quantile(torch.tensor([.1, .5, .9]))] for n in range(3)]
+    kernels = sorted((dict(name=names[id(s)], channels=len(s.weight), taps=taps(s.weight)) for s in generator.model.slices), key=lambda k: next(i for i, o in enumerate(order) if k["name"].startswith(o)))
+    config = {k: v for k, v in generator.config.items() if k not in ("curve", "scaling", "start")}
+    curves = [dict(curve=json.loads((found(f)/"config.json").read_text())["curve"], training=json.loads((found(f)/"config.json").read_text())["training"]) for f in before] + [dict(curve=generator.config["curve"], training=config["training"])]
+    kept = dict(note="SYNTHETIC data. Not for clinical use", date=time.strftime("%Y-%m-%d"), config=config, weights_sha256=sha256_of(last/"ema.safetensors" if (last/"ema.safetensors").is_file() else last/"model.safetensors"), runs=curves, kernels=kernels)
+    write_atomic(Path(path), json.dumps(kept, indent=None, separators=(",", ":")).encode())
+    return Path(path)

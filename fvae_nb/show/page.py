@@ -56,16 +56,16 @@ def _check(volumes, mask, error_against):
     if error_against is not None and error_against not in volumes: raise DataError(f"error_against={error_against!r}: no such volume; expected one of {', '.join(map(repr, volumes))}")
     return first
 
-# %% ../../nbs/02_show/02_page.ipynb #b30b9003
+# %% ../../nbs/02_show/02_page.ipynb #0341d534
 def _panels(volumes, levels, every, block, error_against, error):
     "Per panel: title, packed codes, kind"
-    out = [dict(name=n, data=_pack(_code(_blocks(np.clip(v.array, levels[0], levels[-1]), every, block), levels)), error=False) for n, v in volumes.items()]
+    out = [dict(name=n, data=_pack(_code(_blocks(np.clip(v.array, levels[0], levels[-1]), every, block), levels)), kind="scan") for n, v in volumes.items()]
     if error_against is not None:
         base = np.clip(volumes[error_against].array[::every], -1000, 1000)
         for n, v in volumes.items():
             if n == error_against: continue
             e = _blocks(np.clip(v.array[::every], -1000, 1000) - base, 1, block)
-            out.append(dict(name=f"{n} − {error_against}", data=_pack((np.clip(np.rint(e/error*127), -127, 127) + 128).astype(np.uint8)), error=True))
+            out.append(dict(name=f"{n} − {error_against}", data=_pack((np.clip(np.rint(e/error*127), -127, 127) + 128).astype(np.uint8)), kind="error"))
     return out
 
 def _labels(mask, every, block, names):
@@ -76,13 +76,21 @@ def _labels(mask, every, block, names):
     codes = np.where(part > 0, np.searchsorted(ids, part) + 1, 0).astype(np.uint8)
     return dict(data=_pack(codes), labels=[dict(name=str((names or {}).get(int(i), f"label {i}")), colour=LABEL_COLOURS[n % len(LABEL_COLOURS)]) for n, i in enumerate(ids)])
 
-# %% ../../nbs/02_show/02_page.ipynb #db3369df
+# %% ../../nbs/02_show/02_page.ipynb #a4e6fcef
+def _place(mask, label):
+    "Which of a mask's labels this id is, -1: none was asked for"
+    if label is None: return -1
+    ids = np.unique(mask.array[mask.array > 0]) if mask is not None else np.zeros(0, int)
+    if label not in ids: raise DataError(f"start={label}: the mask has no such label; expected one of {', '.join(map(str, ids[:20])) or 'none: there is no mask'}")
+    return int(np.searchsorted(ids, label))
+
+# %% ../../nbs/02_show/02_page.ipynb #3cd118ff
 _SCRIPT_DRAW = r"""
 "use strict";
 const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
 const N = D.shape, MM = D.spacing, PLANES = ["axial", "coronal", "sagittal"], ACROSS = [2, 2, 1], DOWN = [1, 0, 0];
 const SIDES = [["R", "L", "A", "P"], ["R", "L", "H", "F"], ["A", "P", "H", "F"]];
-const view = {plane: 0, at: N.map(n => n >> 1), window: 0, mask: true, point: null, timer: null};
+const view = {plane: 0, at: N.map(n => n >> 1), window: 0, mask: true, point: null, timer: null, speed: 10, lens: false, label: -1};
 const panels = [...document.querySelectorAll("figure")].map((box, n) => ({box, ...D.panels[n], picture: box.querySelector(".picture"), lines: box.querySelector(".lines"), value: box.querySelector("output")}));
 
 async function unpack(text) {
@@ -96,6 +104,7 @@ const ink = (r, g, b) => (255 << 24 | b << 16 | g << 8 | r) >>> 0;
 const GRAYS = D.windows.map(({low, high}) => Uint32Array.from(D.levels, hu => {
   const g = Math.round(255 * Math.min(1, Math.max(0, (hu - low) / (high - low)))); return ink(g, g, g); }));
 const ERRORS = Uint32Array.from(D.colours, ([r, g, b]) => ink(r, g, b));
+const INKS = Uint32Array.from(D.mask ? ["#000000", ...D.mask.labels.map(l => l.colour)] : [], c => { const v = parseInt(c.slice(1), 16); return ink(v >> 16, v >> 8 & 255, v & 255); });
 
 // rows of the picture count from the head where the plane is upright
 function voxel(x, y, plane = view.plane, k = view.at[plane]) {
@@ -106,7 +115,7 @@ const size = () => [N[ACROSS[view.plane]], N[DOWN[view.plane]]];
 function drawPicture(p) {
   const [w, h] = size(), c = p.picture;
   if (c.width != w || c.height != h) { c.width = w; c.height = h; c.style.aspectRatio = `${w * MM[ACROSS[view.plane]]} / ${h * MM[DOWN[view.plane]]}`; }
-  const image = new ImageData(w, h), out = new Uint32Array(image.data.buffer), table = p.error ? ERRORS : GRAYS[view.window];
+  const image = new ImageData(w, h), out = new Uint32Array(image.data.buffer), table = p.kind == "error" ? ERRORS : p.kind == "mask" ? INKS : GRAYS[view.window];
   for (let y = 0, i = 0; y < h; y++) for (let x = 0; x < w; x++, i++) out[i] = table[p.bytes[voxel(x, y)]];
   c.getContext("2d").putImageData(image, 0, 0);
 }
@@ -122,10 +131,19 @@ function drawOutlines(g, sx, sy) {
 }
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #c04b6ad3
+# %% ../../nbs/02_show/02_page.ipynb #6ae07b5d
 _SCRIPT_LINES = r"""
 function label(g, text, x, y, align, base) {
   g.textAlign = align; g.textBaseline = base; g.strokeStyle = "#000"; g.strokeText(text, x, y); g.fillStyle = "#fff"; g.fillText(text, x, y);
+}
+// three times as large, under the pointer, in every panel at the same voxel
+function drawLens(g, p, W, H, sx, sy, dots) {
+  const r = Math.min(.22 * W, 90 * dots), x = (view.point[0] + .5) * sx, y = (view.point[1] + .5) * sy, cut = r / 3;
+  g.save(); g.beginPath(); g.arc(x, y, r, 0, 7); g.clip();
+  g.fillStyle = "#000"; g.fillRect(x - r, y - r, 2 * r, 2 * r);
+  g.imageSmoothingEnabled = p.kind != "mask";
+  g.drawImage(p.picture, (x - cut) / sx, (y - cut) / sy, 2 * cut / sx, 2 * cut / sy, x - r, y - r, 2 * r, 2 * r);
+  g.restore(); g.strokeStyle = "#f0c000"; g.lineWidth = 2 * dots; g.beginPath(); g.arc(x, y, r, 0, 7); g.stroke();
 }
 function drawLines(p) {
   const c = p.lines, dots = window.devicePixelRatio || 1, W = Math.round(p.picture.clientWidth * dots), H = Math.round(p.picture.clientHeight * dots);
@@ -133,7 +151,8 @@ function drawLines(p) {
   c.width = W; c.height = H;
   const g = c.getContext("2d"), [w, h] = size(), sx = W / w, sy = H / h, font = 12 * dots, gap = 5 * dots;
   g.lineWidth = 1.5 * dots;
-  if (D.mask && view.mask) drawOutlines(g, sx, sy);
+  if (D.mask && view.mask && p.kind != "mask") drawOutlines(g, sx, sy);
+  if (view.lens && view.point) drawLens(g, p, W, H, sx, sy, dots);
   g.font = `${font}px system-ui, sans-serif`; g.lineWidth = 2.5 * dots; g.lineJoin = "round";
   const [west, east, north, south] = SIDES[view.plane];
   label(g, west, gap, H / 2, "left", "middle"); label(g, east, W - gap, H / 2, "right", "middle");
@@ -153,7 +172,7 @@ function drawLines(p) {
 }
 function readOut() {
   const [x, y] = view.point || [], i = view.point && voxel(x, y);
-  for (const p of panels) p.value.textContent = !view.point ? "" : p.error ? `${p.bytes[i] == 1 ? "≤ " : p.bytes[i] == 255 ? "≥ " : ""}${Math.round((p.bytes[i] - 128) / 127 * D.error)} HU` : `${p.bytes[i] == 0 ? "≤ " : p.bytes[i] == 255 ? "≥ " : ""}${Math.round(D.levels[p.bytes[i]])} HU`;
+  for (const p of panels) p.value.textContent = !view.point ? "" : p.kind == "mask" ? (p.bytes[i] ? D.mask.labels[p.bytes[i] - 1].name : "") : p.kind == "error" ? `${p.bytes[i] == 1 ? "≤ " : p.bytes[i] == 255 ? "≥ " : ""}${Math.round((p.bytes[i] - 128) / 127 * D.error)} HU` : `${p.bytes[i] == 0 ? "≤ " : p.bytes[i] == 255 ? "≥ " : ""}${Math.round(D.levels[p.bytes[i]])} HU`;
   const n = view.point && D.mask && view.mask ? D.mask.bytes[i] : 0;
   $("under").textContent = n ? D.mask.labels[n - 1].name : "";
 }
@@ -169,7 +188,7 @@ function draw() {
 }
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #f1449d13
+# %% ../../nbs/02_show/02_page.ipynb #b247097e
 _SCRIPT_MOVE = r"""
 const clamp = (k, axis) => Math.max(0, Math.min(N[axis] - 1, k));
 function go(k) { view.at[view.plane] = clamp(k, view.plane); draw(); }
@@ -177,25 +196,53 @@ const step = n => go(view.at[view.plane] + n);
 function turn(plane) { view.plane = (plane + 3) % 3; view.point = null; draw(); fit(); }
 function choose(n) { if (n < D.windows.length) { view.window = n; draw(); } }
 function overlay() { if (D.mask) { view.mask = !view.mask; $("mask").checked = view.mask; draw(); } }
+function stop() { clearInterval(view.timer); view.timer = null; }
+function start() { view.timer = setInterval(() => go((view.at[view.plane] + 1) % N[view.plane]), 1000 / view.speed); }
 function play() {
-  if (view.timer) { clearInterval(view.timer); view.timer = null; }
-  else view.timer = setInterval(() => go((view.at[view.plane] + 1) % N[view.plane]), 100);
+  view.timer ? stop() : start();
   $("play").setAttribute("aria-pressed", !!view.timer);
 }
+const SPEEDS = [...$("speed").options].map(o => +o.value);
+function pace(n) {
+  view.speed = SPEEDS[Math.max(0, Math.min(SPEEDS.length - 1, n))]; $("speed").value = view.speed;
+  if (view.timer) { stop(); start(); }
+}
+const faster = n => pace(SPEEDS.indexOf(view.speed) + n);
+function lens() {
+  view.lens = !view.lens; $("lens").setAttribute("aria-pressed", view.lens); document.body.classList.toggle("lens", view.lens);
+  panels.forEach(drawLines);
+}
+// where a label fills most of a plane, along each axis
+function fullest(label) {
+  const counts = N.map(n => new Uint32Array(n)), b = D.mask.bytes;
+  for (let z = 0, i = 0; z < N[0]; z++) for (let y = 0; y < N[1]; y++) for (let x = 0; x < N[2]; x++, i++)
+    if (b[i] == label) { counts[0][z]++; counts[1][y]++; counts[2][x]++; }
+  return counts.map(c => c.reduce((best, n, k) => n > c[best] ? k : best, 0));
+}
+function jump(n) {
+  if (!D.mask || !D.mask.labels.length) return;
+  const all = D.mask.labels.length;
+  view.label = (n + all) % all; view.at = fullest(view.label + 1);
+  document.querySelectorAll("[data-label]").forEach(b => b.setAttribute("aria-pressed", b.dataset.label == view.label));
+  draw();
+}
 const KEYS = {ArrowRight: () => step(1), ArrowUp: () => step(1), ArrowLeft: () => step(-1), ArrowDown: () => step(-1), PageUp: () => step(10), PageDown: () => step(-10),
-  Home: () => go(0), End: () => go(1e9), " ": play, p: () => turn(view.plane + 1), P: () => turn(view.plane - 1), m: overlay};
+  Home: () => go(0), End: () => go(1e9), " ": play, p: () => turn(view.plane + 1), P: () => turn(view.plane - 1), m: overlay, z: lens, "+": () => faster(1), "-": () => faster(-1), l: () => jump(view.label + 1), L: () => jump(view.label < 0 ? -1 : view.label - 1)};
 D.windows.slice(0, 9).forEach((_, n) => KEYS[n + 1] = () => choose(n));
 
 function listen() {
   document.addEventListener("keydown", e => {
     // a button reached by the Tab key keeps its own space bar
-    if (e.ctrlKey || e.metaKey || e.altKey || !KEYS[e.key] || e.key == " " && e.target.matches("button, input[type=checkbox]")) return;
+    if (e.ctrlKey || e.metaKey || e.altKey || !KEYS[e.key] || e.target.matches("select") || e.key == " " && e.target.matches("button, input[type=checkbox]")) return;
     e.preventDefault(); KEYS[e.key]();
   });
   // after a click with the mouse the space bar plays again
   document.addEventListener("click", e => { if (e.detail && document.activeElement != document.body) document.activeElement.blur(); });
   $("slice").addEventListener("input", e => go(+e.target.value));
   $("play").addEventListener("click", play);
+  $("speed").addEventListener("change", e => pace(SPEEDS.indexOf(+e.target.value)));
+  $("lens").addEventListener("click", lens);
+  document.querySelectorAll("[data-label]").forEach(b => b.addEventListener("click", () => jump(+b.dataset.label)));
   if (D.mask) $("mask").addEventListener("change", overlay);
   document.querySelectorAll("[data-window]").forEach(b => b.addEventListener("click", () => choose(+b.dataset.window)));
   document.querySelectorAll("[data-plane]").forEach(b => b.addEventListener("click", () => turn(+b.dataset.plane)));
@@ -204,8 +251,8 @@ function listen() {
     const place = e => { const b = p.picture.getBoundingClientRect(), [w, h] = size();
       return [Math.max(0, Math.min(w - 1, Math.floor((e.clientX - b.left) / b.width * w))), Math.max(0, Math.min(h - 1, Math.floor((e.clientY - b.top) / b.height * h)))]; };
     const mark = point => { view.point = point; panels.forEach(drawLines); readOut(); };
-    p.lines.addEventListener("pointermove", e => mark(place(e)));
-    p.lines.addEventListener("pointerleave", () => mark(null));
+    for (const kind of ["pointerdown", "pointermove"]) p.lines.addEventListener(kind, e => mark(place(e)));
+    p.lines.addEventListener("pointerleave", e => { if (e.pointerType != "touch") mark(null); });   // a finger's place stays
     // the other planes follow to the place that was clicked
     p.lines.addEventListener("click", e => { const [x, y] = place(e); view.at[ACROSS[view.plane]] = x; view.at[DOWN[view.plane]] = view.plane ? N[0] - 1 - y : y; });
     p.lines.addEventListener("wheel", e => {
@@ -221,27 +268,30 @@ function listen() {
 function fit() { try { if (window.frameElement) window.frameElement.style.height = Math.ceil(document.documentElement.getBoundingClientRect().height) + 2 + "px"; } catch (e) { } }
 (async () => {
   try {
-    await Promise.all([...panels, D.mask].filter(Boolean).map(async p => { p.bytes = await unpack(p.data); delete p.data; }));
-    listen(); draw(); fit();
+    await Promise.all([...panels, D.mask].filter(p => p && p.kind != "mask").map(async p => { p.bytes = await unpack(p.data); delete p.data; }));
+    panels.filter(p => p.kind == "mask").forEach(p => p.bytes = D.mask.bytes);
+    listen(); D.start < 0 ? draw() : jump(D.start); fit();
     new ResizeObserver(() => { panels.forEach(drawLines); fit(); }).observe($("panels"));
     document.body.dataset.ready = "yes";
   } catch (e) { $("where").textContent = "This viewer needs a browser from 2023 or later (DecompressionStream)."; throw e; }
 })();
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #691de383
+# %% ../../nbs/02_show/02_page.ipynb #d8c4e4ab
 _STYLE = """:root{color-scheme:light dark;font:15px/1.4 system-ui,sans-serif}body{margin:0;padding:.5rem .6rem;background:Canvas;color:CanvasText}h1{font-size:1.05rem;margin:0}p{margin:.15rem 0 .5rem}
 .small,footer{font-size:.8rem;opacity:.8}.synthetic{background:#f0e442;color:#000;padding:0 .3em;border-radius:.2em;font-weight:700}
 #panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,14rem),1fr));gap:.6rem}figure{margin:0;max-width:30rem}figcaption{min-height:1.4em;font-size:.9rem;display:flex;gap:.6em;overflow-wrap:anywhere}
-figcaption output{margin-left:auto;white-space:nowrap;font-variant-numeric:tabular-nums}.stack{position:relative;background:#000;line-height:0}.picture{width:100%;display:block}.lines{position:absolute;inset:0;width:100%;height:100%;cursor:crosshair;touch-action:pan-y}
+figcaption output{margin-left:auto;white-space:nowrap;font-variant-numeric:tabular-nums}.stack{position:relative;background:#000;line-height:0}.picture{width:100%;display:block}.lines{position:absolute;inset:0;width:100%;height:100%;cursor:crosshair;touch-action:pan-y}.lens .lines{touch-action:none}
 .bar{display:flex;flex-wrap:wrap;gap:.3rem .5rem;align-items:center;margin:.5rem 0}.bar input[type=range]{flex:1 1 10rem;min-width:8rem;accent-color:#0072b2}
-button{font:inherit;font-size:.85rem;padding:.25rem .6rem;border:1px solid #8888;border-radius:.3rem;background:ButtonFace;color:ButtonText;cursor:pointer}button[aria-pressed=true]{background:#0072b2;border-color:#0072b2;color:#fff}
-.group{display:flex;flex-wrap:wrap;gap:.2rem}.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .8em;vertical-align:-.05em}.scale{height:.5rem;margin-top:.25rem}.ends{display:flex;justify-content:space-between;font-size:.75rem}"""
+button{font:inherit;font-size:.85rem;padding:.25rem .6rem;border:1px solid #8888;border-radius:.3rem;background:ButtonFace;color:ButtonText;cursor:pointer}select{font:inherit;font-size:.85rem;padding:.2rem}.bar label{white-space:nowrap;font-size:.85rem}button[aria-pressed=true]{background:#0072b2;border-color:#0072b2;color:#fff}
+.group{display:flex;flex-wrap:wrap;gap:.2rem}.key{display:inline-block;width:.8em;height:.8em;margin-right:.35em;vertical-align:-.05em}@media(pointer:coarse){button,select{min-height:2.4rem}}.scale{height:.5rem;margin-top:.25rem}.ends{display:flex;justify-content:space-between;font-size:.75rem}"""
+
+_SPEEDS = (2, 5, 10, 20, 40)   # slices a second
 
 def _figure(panel, volumes, gradient, error):
     "A panel's markup"
-    made = not panel["error"] and volumes[panel["name"]].synthetic
-    scale = f"<div class=scale style='background:linear-gradient(to right,{gradient})'></div><div class=ends><span>−{error:g} HU</span><span>0</span><span>+{error:g} HU</span></div>" if panel["error"] else ""
+    made = panel["kind"] == "scan" and volumes[panel["name"]].synthetic
+    scale = f"<div class=scale style='background:linear-gradient(to right,{gradient})'></div><div class=ends><span>−{error:g} HU</span><span>0</span><span>+{error:g} HU</span></div>" if panel["kind"] == "error" else ""
     name = html.escape(panel["name"])
     return (f"<figure><figcaption><b>{name}</b>{' <span class=synthetic>SYNTHETIC</span>' if made else ''}<output></output></figcaption>"
             f"<div class=stack><canvas class=picture role=img aria-label=\"{name}\"></canvas><canvas class=lines></canvas></div>{scale}</figure>")
@@ -252,19 +302,20 @@ def _facts(first, every, block):
     left = ", ".join(filter(None, [f"every {every}{ {2: 'nd', 3: 'rd'}.get(every, 'th')} slice" if every > 1 else "", f"means of {block} × {block} pixels" if block > 1 else ""]))
     return f"{s} slices of {r} × {c}, {a:.3g} × {b:.3g} × {d:.3g} mm" + (f"; shown: {left}" if left else "")
 
-# %% ../../nbs/02_show/02_page.ipynb #327558ad
+# %% ../../nbs/02_show/02_page.ipynb #4a36ae37
 def _body(volumes, panels, mask, windows, first, every, block, error, gradient, title):
     "The markup between the head and the script"
     synthetic = any(v.synthetic for v in volumes.values())
     buttons = lambda kind, words: f"<div class=group role=group aria-label={kind}>" + "".join(f"<button type=button data-{kind}={n}>{html.escape(w)}</button>" for n, w in enumerate(words)) + "</div>"
-    legend = "".join(f"<span><span class=key style='background:{l['colour']}'></span>{html.escape(l['name'])}</span>" for l in mask["labels"][:24]) if mask else ""
-    overlay = f"<div class=bar><label><input type=checkbox id=mask checked> outlines</label><span class=small>{legend}</span></div>" if mask else ""
+    legend = "".join(f"<button type=button data-label={n}><span class=key style='background:{l['colour']}'></span>{html.escape(l['name'])}</button>" for n, l in enumerate(mask["labels"][:24])) if mask else ""
+    overlay = f"<div class=bar><label><input type=checkbox id=mask checked> outlines</label><div class=group role=group aria-label='go to'>{legend}</div></div>" if mask else ""
+    speed = "".join(f"<option value={n}{' selected' if n == 10 else ''}>{n} a second</option>" for n in _SPEEDS)
     return (f"<h1>{'<span class=synthetic>SYNTHETIC</span> ' if synthetic else ''}{html.escape(title)}</h1><p class=small>{html.escape(_facts(first, every, block))}</p>"
             f"<div id=panels>{''.join(_figure(p, volumes, gradient, error) for p in panels)}</div>"
-            "<div class=bar><button type=button id=play aria-pressed=false>play</button><input type=range id=slice min=0 step=1 aria-label=slice></div>"
+            f"<div class=bar><button type=button id=play aria-pressed=false>play</button><select id=speed aria-label=speed>{speed}</select><button type=button id=lens aria-pressed=false>lens</button><input type=range id=slice min=0 step=1 aria-label=slice></div>"
             f"<div class=bar>{buttons('plane', ('axial', 'coronal', 'sagittal'))}{buttons('window', [w if isinstance(w, str) else window_label(w) for w in windows])}</div>{overlay}"
             "<p class=small><span id=where aria-live=polite>Unpacking…</span> <b id=under></b></p><noscript>This viewer draws with JavaScript, which is switched off here.</noscript>"
-            f"<footer>Wheel or arrow keys: slice; Page Up, Page Down: ten; 1 to {min(9, len(windows))}: window; p: plane; space: play{'; m: outlines' if mask else ''}; click: the other planes go there. R, L: the patient's right and left; A, P: front and back; H, F: head and feet. Not for clinical use.</footer>")
+            f"<footer>Wheel or arrow keys: slice; Page Up, Page Down: ten; 1 to {min(9, len(windows))}: window; p: plane; space: play, + and − its speed; z: lens{'; m: outlines; l: next label, where there is most of it' if mask else ''}; click: the other planes go there. R, L: the patient's right and left; A, P: front and back; H, F: head and feet. Not for clinical use.</footer>")
 
 def viewer_html(
     volumes:dict[str, CTVolume],      # panel title -> volume, all on one grid
@@ -276,6 +327,8 @@ def viewer_html(
     error:float=200,                  # HU at the ends of the error's colours
     labels:dict[int, str]|None=None,  # names of the mask's ids
     title:str="",                     # empty: the volumes' names
+    mask_panel:str="",                # title of a first panel with the mask in its colours; empty: none
+    start:int|None=None,              # a mask's id: open where there is most of it; None: in the middle
 ) -> str: # HTML, one file
     "A page that shows volumes side by side, moves them together and needs nothing but itself"
     from matplotlib import colormaps
@@ -288,9 +341,10 @@ def viewer_html(
     levels, colours = hu_levels(windows), (colormaps["PuOr_r"](np.clip((np.arange(256) - 1)/254, 0, 1))[:, :3]*255).round().astype(int)
     panels = _panels(volumes, levels, every, block, error_against, error)
     outlines = _labels(mask, every, block, labels) if mask is not None else None
+    if mask_panel and outlines: panels.insert(0, dict(name=mask_panel, kind="mask"))
     s, r, c = first.spacing
     data = dict(shape=[-(-first.shape[0]//every), first.shape[1]//block, first.shape[2]//block], spacing=[s*every, r*block, c*block], whole=first.shape, every=every, block=block,
-                windows=[dict(zip(("low", "high"), window_range(w)), text=window_label(w)) for w in windows], levels=levels.round(2).tolist(), colours=colours.tolist(), error=error, panels=panels, mask=outlines)
+                windows=[dict(zip(("low", "high"), window_range(w)), text=window_label(w)) for w in windows], levels=levels.round(2).tolist(), colours=colours.tolist(), error=error, panels=panels, mask=outlines, start=_place(mask, start))
     title = title or ", ".join(volumes)
     gradient = ",".join("#%02x%02x%02x" % tuple(colours[n]) for n in range(1, 256, 32))
     head = ("<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
@@ -300,12 +354,12 @@ def viewer_html(
     return (f"{head}<body>{_body(volumes, panels, outlines, windows, first, every, block, error, gradient, title)}"
             f"<script type=application/json id=data>{text}</script><script>{_SCRIPT_DRAW}{_SCRIPT_LINES}{_SCRIPT_MOVE}</script></body></html>")
 
-# %% ../../nbs/02_show/02_page.ipynb #8e6cb50e
+# %% ../../nbs/02_show/02_page.ipynb #d8940435
 def write_page(
     path:str|Path,                    # .html
     volumes:dict[str, CTVolume],      # as in `viewer_html`
     mask:CTVolume|None=None,          # integer labels on the same grid
-    **more,                           # arguments of `viewer_html`: windows, every, max_size, error_against, error, labels, title
+    **more,                           # arguments of `viewer_html`: windows, every, max_size, error_against, error, labels, title, mask_panel, start
 ) -> Path: # that path
     "The viewer as a file that opens from disk"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
