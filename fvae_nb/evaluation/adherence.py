@@ -62,7 +62,7 @@ def summarise_adherence(
                       iou_implied=100*mean(d)/(200 - mean(d)) if ok.any() else math.nan)
     return out
 
-# %% ../../nbs/08_evaluation/05_adherence.ipynb #d3fcaf08
+# %% ../../nbs/08_evaluation/05_adherence.ipynb #9f865479
 THRESHOLD_GROUPS = ("lung", "vessel", "rib")
 
 def threshold_organs(
@@ -72,7 +72,7 @@ def threshold_organs(
     from scipy import ndimage
     body = body_mask(ct).array > 0; hu = ct.array
     parts, n = ndimage.label(body & (hu < -500)); size = np.bincount(parts.ravel(), minlength=n + 1); size[0] = 0
-    keep = [i for i in np.argsort(-size) if size[i] > .01*body.sum()]         # gas of stomach and bowel is smaller
+    keep = [i for i in np.argsort(-size) if size[i] > .005*body.sum()]         # gas of stomach and bowel is smaller
     out = np.where(body, 200, 0).astype(np.uint8)
     if not keep: return ct.with_array(out, name=ct.name)
     air = np.isin(parts, keep); voxel = np.array(ct.spacing)

@@ -17,9 +17,9 @@ from ..vaes.interface import Latent, WeightsError
 
 # %% auto #0
 __all__ = ['TOP', 'FAMILIES', 'CODES', 'DIVISOR', 'GROUPS', 'TEXT_ENCODERS', 'PROMPTS', 'disease_map', 'paint', 'split_painted',
-           'lattice', 'Code', 'code_named', 'mask_video', 'read_mask_video', 'encode_pieces', 'encode_mask',
-           'decode_mask', 'round_trip_dice', 'TextSpec', 'TextEncoder', 'load_text_encoder', 'prompt', 'case_prompt',
-           'case_maps']
+           'lattice', 'Code', 'code_named', 'mask_video', 'read_mask_video', 'code_hash', 'encode_pieces',
+           'encode_mask', 'decode_mask', 'round_trip_dice', 'TextSpec', 'TextEncoder', 'load_text_encoder', 'prompt',
+           'case_prompt', 'case_maps']
 
 # %% ../../nbs/07_generation/01_conditions.ipynb #66b404ca
 TOP = max(DISEASE_CLASSES) + DISEASE_OFFSET   # 262, the largest id a painted map holds
@@ -170,6 +170,17 @@ def _nearest(tree, ids, v):
     out = np.empty(v.shape[1:], np.uint16)
     for t in range(v.shape[1]): out[t] = ids[tree.query(v[:, t].reshape(len(v), -1).T)[1]].reshape(v.shape[2:])
     return out
+
+# %% ../../nbs/07_generation/01_conditions.ipynb #7ffb7c0b
+@lru_cache
+def code_hash(
+    name:str, # of CODES
+) -> str: # sha256
+    "The fingerprint of what a code paints for every organ and disease"
+    import hashlib
+    organs, sick = np.array([[[0, *TABLE7]]]), np.array([[[*range(250, TOP + 1)]]])
+    videos = [mask_video(organs, None, name)] + ([] if name == "official-healthy" else [mask_video(np.full_like(sick, 28), sick, name)])
+    return hashlib.sha256(b"".join((v.numpy()*10**4).round().astype("<i4").tobytes() for v in videos)).hexdigest()
 
 # %% ../../nbs/07_generation/01_conditions.ipynb #764eecf0
 def encode_pieces(

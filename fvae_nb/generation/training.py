@@ -387,7 +387,7 @@ def train(
     net.load_state_dict(run.mean or net.state_dict())
     return run.curve
 
-# %% ../../nbs/07_generation/05_training.ipynb #08f84db3
+# %% ../../nbs/07_generation/05_training.ipynb #88dcab2a
 class _Run:
     "The state of a training run"
     def __init__(self, net, cases, checkpoints, config, facts, device):
@@ -398,10 +398,10 @@ class _Run:
         self.tokens = facts.get("tokens") or max(len(c.text) for c in cases)
         found = newest_checkpoint(self.folder)
         old = json.loads((found/"config.json").read_text()) if found else {}
+        self.facts = {k: v for k, v in facts.items() if k not in ("scaling", "tokens")}
         self._same(old)
         self.scaling = Scaling(**old["scaling"]) if found else facts["scaling"] if "scaling" in facts else measure_scaling(cases, config.scaling)
         self.weights = channel_weights(facts.get("visibility") or old.get("visibility"), config.visible)
-        self.facts = {k: v for k, v in facts.items() if k not in ("scaling", "tokens")}
         self.step, self.curve = old.get("step", 0), old.get("curve", [])
         self.seconds = self.curve[-1]["seconds"] if self.curve else 0.
         _choose(net, config.stage)
@@ -418,6 +418,8 @@ class _Run:
         now = self.config.model_dump() | {"denoiser": json.loads(self.net.config.model_dump_json())}
         if changed := sorted(k for k, v in now.items() if old and k not in ("steps", "every") and old.get("training", {}).get(k, old.get(k, v)) != v):
             raise TrainingError(f"{self.folder}: the run there was trained with another {changed[0]}; leave it as it was or name a new folder")
+        if len(codes := {self.facts["mask_code_sha256"], old["mask_code_sha256"]} if old.get("mask_code_sha256") and self.facts.get("mask_code_sha256") else ()) > 1:
+            raise TrainingError(f"{self.folder}: the run there was trained with another table of mask colours; encode the latents with that version, or name a new folder")
 
     def _resume(self, found):
         from safetensors.torch import load_file

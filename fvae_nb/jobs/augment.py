@@ -13,8 +13,8 @@ from ..running.jobs import JobParams, Place, do_units, locked, place
 
 # %% auto #0
 __all__ = ['Params', 'manifest_rows', 'folds_of', 'cases', 'Scans', 'labelled', 'recipe_of', 'train_unit', 'nnunet_unit',
-           'test_unit', 'run', 'read_rows', 'compare', 'metrics_of', 'table', 'draw_differences', 'draw_case',
-           'show_run', 'keep_results', 'read_kept']
+           'test_unit', 'run', 'read_rows', 'common_rows', 'compare', 'metrics_of', 'table', 'draw_differences',
+           'draw_case', 'show_run', 'keep_results', 'read_kept']
 
 # %% ../../nbs/jobs/augment.ipynb #748aa856
 class Params(JobParams):
@@ -300,7 +300,7 @@ def run(
         return {"weights": vae.weights if vae else "", "inputs": run.sources[unit.case]["sha256"]}
     return do_units("augment", params, do, lambda run, unit: run.payload(unit, "scores", ".json"), identity, lambda part: json.loads(part.read_text()))[0]
 
-# %% ../../nbs/jobs/augment.ipynb #4452863d
+# %% ../../nbs/jobs/augment.ipynb #e4fbb2b2
 def read_rows(
     folder:str|Path, # of a run
 ) -> list[dict]: # arm, fold, seed, case, patient, on, scores
@@ -312,32 +312,43 @@ def read_rows(
             out += [dict(arm=got["arm"], fold=got["fold"], seed=got["seed"]) | {k: math.nan if v is None else v for k, v in r.items()} for r in got["rows"]]
     return out
 
+def common_rows(
+    rows:list[dict], # from `read_rows`
+    on:str="real",   # what was tested on
+) -> list[dict]: # those of folds, seeds and cases that every arm has
+    "What can be compared: an unfinished seed counts for no arm"
+    rows = [r for r in rows if r["on"] == on]
+    key = lambda r: (r["fold"], r["seed"], r["case"])
+    every = set.intersection(*({key(r) for r in rows if r["arm"] == a} for a in {r["arm"] for r in rows})) if rows else set()
+    return [r for r in rows if key(r) in every]
+
 def compare(
     rows:list[dict],   # from `read_rows`, or a kept result
     metric:str,        # dsc.NAME, nsd.NAME, nsd.NAME.5mm
     on:str="real",     # what was tested on
     base:str="real",   # the arm compared with
-) -> list[dict]: # per arm: mean, sd, n, seeds; diff with low, high, p, better, detectable against the base
+) -> list[dict]: # per arm: mean, sd, n, seeds; diff with low, high, p, better, detectable against the base; by_seed: diff of each training
     "Every arm against one of them, paired by patient"
     import numpy as np
     from fvae_nb.augmentation.views import paired
-    rows = [r for r in rows if r["on"] == on]
+    rows = common_rows(rows, on)
     names = list(dict.fromkeys(r["arm"] for r in rows))
     if base not in names: raise JobError(f"base {base!r}: no such arm among {', '.join(names) or 'none'} tested on {on!r}")
-    cells = set.intersection(*({(r["fold"], r["seed"], r["case"]) for r in rows if r["arm"] == n} for n in names))
     patients, each = {r["case"]: r["patient"] for r in rows}, {}
     for n in names:
         values = {}
         for r in rows:
-            if r["arm"] == n and (r["fold"], r["seed"], r["case"]) in cells: values.setdefault(r["case"], []).append(r[metric])
+            if r["arm"] == n: values.setdefault(r["case"], []).append(r[metric])
         each[n] = {c: float(np.mean([x for x in v if x == x])) if any(x == x for x in v) else math.nan for c, v in values.items()}
     out = []
     for n in names:
         v = np.array([x for x in each[n].values() if x == x]); d = paired(each[base], each[n], patients)
-        out.append(dict(arm=n, mean=float(v.mean()) if len(v) else math.nan, sd=float(v.std()) if len(v) else math.nan, scans=len(v), seeds=len({s for _, s, _ in cells}), **{("diff" if k == "mean" else k): x for k, x in d.items()}))
+        each_seed = lambda arm, seed: {(r["fold"], r["case"]): r[metric] for r in rows if r["arm"] == arm and r["seed"] == seed}
+        by_seed = {s: paired(each_seed(base, s), each_seed(n, s))["mean"] for s in sorted({r["seed"] for r in rows})}
+        out.append(dict(arm=n, by_seed=by_seed, mean=float(v.mean()) if len(v) else math.nan, sd=float(v.std()) if len(v) else math.nan, scans=len(v), seeds=len({r["seed"] for r in rows}), **{("diff" if k == "mean" else k): x for k, x in d.items()}))
     return out
 
-# %% ../../nbs/jobs/augment.ipynb #97dd72df
+# %% ../../nbs/jobs/augment.ipynb #5e4410cb
 def metrics_of(
     rows:list[dict], # from `read_rows`
 ) -> list[str]: # dsc.NAME and nsd.NAME at the first tolerance
@@ -355,11 +366,11 @@ def table(
     from fvae_nb.running.report import html_table
     got = compare(rows, metric, on, base)
     text = lambda r: "" if r["arm"] == base else f"{r['diff']:+.1f}" + (f" [{r['low']:+.1f}, {r['high']:+.1f}]" if r["n"] > 1 else "")
-    return html_table(["arm", "mean ± sd, %", f"minus {base} [95 %]", "p (Wilcoxon)", "patients better", "detectable"],
-        [[r["arm"], f"{r['mean']:.1f} ± {r['sd']:.1f}", text(r), "" if r["arm"] == base or r["p"] != r["p"] else f"{r['p']:.3f}", "" if r["arm"] == base else f"{r['better']:.0%}", "" if r["arm"] == base or r["detectable"] != r["detectable"] else f"{r['detectable']:.1f}"] for r in got],
+    return html_table(["arm", "mean ± sd, %", f"minus {base} [95 % over patients]", "each seed", "p (Wilcoxon)", "patients better", "detectable"],
+        [[r["arm"], f"{r['mean']:.1f} ± {r['sd']:.1f}", text(r), "" if r["arm"] == base else ", ".join(f"{v:+.1f}" for v in r["by_seed"].values()), "" if r["arm"] == base or r["p"] != r["p"] else f"{r['p']:.3f}", "" if r["arm"] == base else f"{r['better']:.0%}", "" if r["arm"] == base or r["detectable"] != r["detectable"] else f"{r['detectable']:.1f}"] for r in got],
         caption or f"{metric}, tested on {on}: {got[0]['n']} patients, {got[0]['seeds']} seed{'s' if got[0]['seeds'] != 1 else ''}")
 
-# %% ../../nbs/jobs/augment.ipynb #708a8a09
+# %% ../../nbs/jobs/augment.ipynb #ea67adc7
 def draw_differences(
     rows:list[dict], # from `read_rows`
     on:str="real",   # what was tested on
@@ -369,7 +380,7 @@ def draw_differences(
     "Each arm minus the base: every patient a dot, the mean with its interval"
     import matplotlib.pyplot as plt
     import numpy as np
-    names = metrics_of(rows)
+    names, rows = metrics_of(rows), common_rows(rows, on)
     fig, axes = plt.subplots(1, len(names), figsize=(4.2*len(names), .6 + .42*len({r["arm"] for r in rows})), dpi=72, layout="constrained", squeeze=False, sharey=True)
     for ax, metric in zip(axes[0], names):
         got = [r for r in compare(rows, metric, on, base) if r["arm"] != base]
@@ -423,7 +434,7 @@ def draw_case(
     if path: Path(path).parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {})
     return fig
 
-# %% ../../nbs/jobs/augment.ipynb #166a8544
+# %% ../../nbs/jobs/augment.ipynb #9537a62e
 def show_run(
     folder:str|Path, # of a run
 ):
@@ -448,7 +459,8 @@ def keep_results(
     hide = ("manifest", "also", "views_folder", "nnunet_bin")              # paths of a machine
     kept = dict(params={k: v for k, v in run.params.items() if k not in hide} | {"also": sorted(run.params["also"])}, date=run.read("provenance.json")["created_at"][:10], inputs=first["inputs"],
                 weights={u.model: side["identity"]["weights"] for u in run.units if (side := done(run, u)) and side["identity"]["weights"]}, units=len(run.units),
-                seconds=round(sum(side["seconds"] for u in run.units if (side := done(run, u)))), rows=[{k: round(v, 2) if isinstance(v, float) else v for k, v in r.items()} for r in read_rows(folder)])
+                seconds=round(sum(side["seconds"] for u in run.units if (side := done(run, u)))))
+    rows = read_rows(folder); kept |= dict(columns=list(rows[0]) if rows else [], rows=[[round(v, 2) if isinstance(v, float) else v for v in r.values()] for r in rows])
     write_atomic(path, json.dumps(plain(kept), separators=(",", ":")).encode())
     return Path(path)
 
@@ -457,4 +469,4 @@ def read_kept(
 ) -> dict: # with rows as `compare` takes them
     "A kept result"
     kept = json.loads(Path(path).read_bytes())
-    return kept | {"rows": [{k: math.nan if v is None else v for k, v in r.items()} for r in kept["rows"]]}
+    return kept | {"rows": [{k: math.nan if v is None else v for k, v in zip(kept["columns"], r)} for r in kept["rows"]]}

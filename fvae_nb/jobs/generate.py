@@ -13,10 +13,10 @@ from ..running.jobs import JobParams, Place, do_units, place
 # %% auto #0
 __all__ = ['Params', 'cases', 'run', 'show_run']
 
-# %% ../../nbs/jobs/generate.ipynb #b2a87004
+# %% ../../nbs/jobs/generate.ipynb #2d19f74f
 class Params(JobParams):
     "Draw scans from masks and text"
-    generator:Place = Field("tiny", description="tiny (in the package), tiny-random (untrained: for tests), official-healthy, official-multi, or a path: a run of train_denoiser, a step-N folder, a packed file")
+    generator:Place = Field("tiny", description="tiny (in the package), tiny-random (untrained: for tests), official-healthy, official-multi, maisi-v1, maisi-v2 (the baselines), or a path: a run of train_denoiser, a step-N folder, a packed file")
     masks:Place = Field("phantom", description="a .jsonl or .csv manifest with masks, a folder of label maps (Table 7, diseases 250 to 262 painted over), one label map, or 'phantom' (drawn)")
     splits:list[str] = Field([], description="of a manifest: only these; empty: all")
     prompts:Place = Field("", description="a CSV with columns Names, Text_prompts as in the release; empty: the manifest's reports, or NAME.txt beside NAME.nii.gz")
@@ -35,6 +35,8 @@ class Params(JobParams):
     longest:int = Field(80, ge=2, description="latent frames that auto still draws in one pass")
     released_times:bool = Field(False, description="DDIM's timesteps exactly as released")
     seed:int = Field(0, ge=0, description="of all noise")
+    maisi_steps:int|None = Field(None, ge=1, le=1000, description="maisi-v2: network calls instead of the released 30 (v1 takes 1000)")
+    nodules_as_tumor:bool = Field(False, description="maisi: nodules enter as its own lung tumor; else it sees no disease")
     phantoms:int = Field(2, ge=1, le=1000, description="how many masks 'phantom' draws")
     phantom_shape:tuple[int, int, int] = Field((33, 128, 128), description="their slices, rows, columns")
     device:str = Field("auto", description="auto, cpu, cuda, cuda:N")
@@ -137,32 +139,46 @@ def _fitted(volume, generator, vae):
     plane = tuple(n*s for n, s in zip(trained[-2:], vae.spec.strides[1:]))
     return volume if volume.shape[1:] == plane else resize(volume, (volume.shape[0], *plane))
 
-# %% ../../nbs/jobs/generate.ipynb #2fc07620
+# %% ../../nbs/jobs/generate.ipynb #78f1e3ac
+def _ours(params, device):
+    "How our generators, and the authors', draw a case: (draw, bring a mask to size, what the records call it)"
+    from fvae_nb.generation.conditions import load_text_encoder
+    from fvae_nb.generation.sampling import SamplingConfig, find_generator, sample, weights_hash
+    from fvae_nb.vaes.interface import load_vae
+    config = SamplingConfig(window=params.frames, **{k: getattr(params, k) for k in ("sampler", "steps", "eta", "guidance", "length", "overlap", "longest", "released_times", "seed")})
+    generator = find_generator(params.generator, device); vae = load_vae(generator.vae, device=device)
+    text = load_text_encoder(generator.text_encoder, None, generator.tokens, device) if params.text == "auto" and generator.text_encoder else None
+    def draw(organs, disease, prompt, case): return sample(generator, vae, organs, disease, text(prompt)[0] if text else None, config, case)
+    return draw, lambda v: _fitted(v, generator, vae) if params.fit else v, {"generator": weights_hash(generator), "weights": vae.weights}
+
+def _maisi(params, device):
+    "The same of the baseline, which hears no words and fits masks itself"
+    from fvae_nb.generation.maisi import draw as by_maisi, find_maisi
+    maisi = find_maisi(params.generator, device=device)
+    def draw(organs, disease, prompt, case): return by_maisi(maisi, organs, disease, case, params.seed, params.maisi_steps, guidance=params.guidance, nodules_as_tumor=params.nodules_as_tumor)
+    return draw, lambda v: v, {"generator": maisi.weights, "weights": ""}
+
+# %% ../../nbs/jobs/generate.ipynb #b7fec0c5
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder
     "Draw every case"
     from fvae_nb.data.ct import write_ct
-    from fvae_nb.generation.conditions import load_text_encoder, paint
-    from fvae_nb.generation.sampling import SamplingConfig, continuity, find_generator, group_hu, sample, weights_hash
+    from fvae_nb.generation.conditions import paint
+    from fvae_nb.generation.sampling import continuity, group_hu
     from fvae_nb.settings import pick_device
-    from fvae_nb.vaes.interface import load_vae
     import os
-    config = SamplingConfig(window=params.frames, **{k: getattr(params, k) for k in ("sampler", "steps", "eta", "guidance", "length", "overlap", "longest", "released_times", "seed")})
-    device = pick_device(None if params.device == "auto" else params.device)
-    generator = find_generator(params.generator, device); vae = load_vae(generator.vae, device=device)
-    text = load_text_encoder(generator.text_encoder, None, generator.tokens, device) if params.text == "auto" and generator.text_encoder else None
-    known = weights_hash(generator)
+    draw, fitted, identify = (_maisi if params.generator.startswith("maisi-") else _ours)(params, pick_device(None if params.device == "auto" else params.device))
     def do(run, unit, part):
         source = run.sources[unit.case]
-        organs, disease = (_fitted(v, generator, vae) if params.fit else v for v in _maps(source, params))
-        out = sample(generator, vae, organs, disease, text(source["prompt"])[0] if text else None, config, unit.case)
+        organs, disease = (fitted(v) for v in _maps(source, params))
+        out = draw(organs, disease, source["prompt"], unit.case)
         write_ct(out, part, "int16")
         labels = organs.with_array(paint(organs.array, None if disease is None else disease.array))
         beside = _payload(run, unit).with_name(f"{unit.case}_SYNTHETIC_mask.nii.gz"); half = part.with_name("mask." + part.name)
         write_ct(labels, half, "int16"); beside.parent.mkdir(parents=True, exist_ok=True); os.replace(half, beside)
         return dict(prompt=source["prompt"], slices=out.shape[0], continuity=continuity(out.array), **{f"hu_{k}": v for k, v in group_hu(out.array, labels.array).items()})
-    def identity(run, unit): return {"generator": known, "weights": vae.weights, "input": run.sources[unit.case]["sha256"], "others": run.sources[unit.case].get("others"), "prompt": run.sources[unit.case]["prompt"]}
+    def identity(run, unit): return {**identify, "input": run.sources[unit.case]["sha256"], "others": run.sources[unit.case].get("others"), "prompt": run.sources[unit.case]["prompt"]}
     return do_units("generate", params, do, _payload, identity, _check)[0]
 
 def _payload(run, unit): return run.payload(unit, suffix="_SYNTHETIC.nii.gz")
