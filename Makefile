@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lab book export readme check install clean
+.PHONY: demo test lab book docs export readme check install clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,15 @@ lab: install         ## read and run the book
 
 book: install        ## execute chapters whose code changed
 	$(PY) -m fvae_nb.running.book execute
+
+DOCS ?= build/docs
+docs: $(DOCS)/.installed ## the book as a static site, build/site/index.html; in an environment of its own, without torch
+	$(DOCS)/bin/python -m fvae_nb.running.site
+
+$(DOCS)/.installed: pyproject.toml
+	python3 -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $$($(DOCS)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
 
 export: install      ## notebooks -> fvae_nb/
 	$(PY) -m fvae_nb.running.book export

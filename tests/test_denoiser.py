@@ -79,3 +79,44 @@ def test_keys_of_the_full_network():
 def test_depthwise_parameters_of_the_paper():
     with torch.device("meta"): net = Denoiser(sized("official", slices="depthwise"))
     assert sum(p.numel() for s in net.slices for p in s.parameters()) == 118_336
+
+
+KEYMAP = json.loads((HERE / "keymap_small.json").read_text())
+
+
+def shaped(case, slices="none", padding="zeros"):
+    c = case["released_config"]
+    return Denoiser(DenoiserConfig(latent=c["out_channels"], condition=c["in_channels"] - c["out_channels"], text=c["context_dim"], channels=[c["model_channels"] * m for m in c["channel_mult"]], blocks=c["num_res_blocks"],
+                                   attention=[2**l in c["attention_resolutions"] for l in range(len(c["channel_mult"]))], head=c["num_head_channels"], slices=slices, padding=padding))
+
+
+@pytest.mark.parametrize("name", sorted(KEYMAP["cases"]))
+def test_key_map_is_the_verified_one(name):
+    "Key by key, both ways, and nothing else: the map that was verified number for number against the released class"
+    case = KEYMAP["cases"][name]
+    net = shaped(case)
+    assert released_keys(net) == case["map"]
+    for released, value in to_released(net).items(): assert value.shape == net.unet.state_dict()[case["map"][released]].shape
+    assert from_released(to_released(net), net.config).unet.state_dict().keys() == set(case["map"].values())
+
+
+@pytest.mark.parametrize("name", sorted(KEYMAP["slice_convs"]["cases"]))
+def test_slice_convolutions_follow_the_right_convolution(name):
+    follows = KEYMAP["slice_convs"]["cases"][name]["slice_conv_follows"]
+    case = CASES[name]
+    ours = released_keys(Denoiser(config_of(case)))
+    assert {k.removesuffix(".weight"): v.removesuffix(".slice.weight") for k, v in ours.items() if v.endswith(".slice.weight")} == follows
+
+
+def test_the_layout_of_a_released_file_is_read():
+    "What a released checkpoint holds beside the network is left out; anything else is refused"
+    layout = json.loads((HERE / "layout.json").read_text())["state_dict"]
+    net = shaped(KEYMAP["cases"]["small_2d"])
+    for p in net.parameters(): torch.nn.init.normal_(p)
+    state = {layout["unet"]["prefix"] + k: v for k, v in to_released(net).items()}
+    beside = {k: torch.zeros(s) for k, s in layout["schedule"].items()} | {layout[part]["prefix"] + "x": torch.zeros(1) for part in ("vae", "text", "ema")}
+    again = from_released(state | beside, net.config)
+    for a, b in zip(net.state_dict().values(), again.state_dict().values()): assert torch.equal(a, b)
+    with pytest.raises(DenoiserError, match="not of the released layout"): from_released(state | {"lvlb_weights": torch.zeros(1)}, net.config)
+    means = {layout["ema"]["prefix"] + f"diffusion_model.{k}".replace(".", ""): 2*v for k, v in to_released(net).items()}
+    assert torch.equal(from_released(state | means, net.config, ema=True).unet.conv_in.weight, 2*net.unet.conv_in.weight)

@@ -1,5 +1,5 @@
 "The jobs encode and generate: from a manifest to latents, from masks and words to SYNTHETIC scans."
-import json
+import json, os, signal, subprocess, sys, time
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from conftest import ROOT
 from fvae_nb.data.ct import ct_volume, read_ct, read_mask, write_ct
 from fvae_nb.data.manifests import Case, write_manifest
 from fvae_nb.generation.latents import list_latents, read_latents
-from fvae_nb.jobs import encode, generate
+from fvae_nb.jobs import encode, generate, train_denoiser
 from fvae_nb.running.cases import JobError, Run, done
 from fvae_nb.running.jobs import make_params, status
 
@@ -129,3 +129,65 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     for job in ("encode", "generate"):
         assert run_job(job, make_params(job, presets=["smoke"], run=str(tmp_path / job)), show=lambda s: None) == 0
     assert len(list((tmp_path / "generate").rglob("*_SYNTHETIC.nii.gz"))) == 2 and (tmp_path / "generate/report.html").exists()
+
+
+def test_phantom_to_scan(tmp_path):
+    "Phantom -> encode -> train_denoiser -> generate, the generator named by its run's folder"
+    latents = encode.run(_params("encode", tmp_path / "encode", phantoms=3, phantom_shape=(17, 32, 32)))
+    assert len(list_latents(latents.folder / "latents")) == 3
+    how = dict(latents=str(latents.folder / "latents"), steps=4, every=2, sample_steps=0, device="cpu", train_split="train", ema=.5)
+    trained = train_denoiser.run(make_params("train_denoiser", [], (), run=str(tmp_path / "train")).model_copy(update=how))
+    side = done(trained, trained.units[0])["metrics"]
+    assert side["steps"] == 4 and side["loss"] > 0 and side["parameters"] > 1e6
+    drawn = generate.run(_params("generate", tmp_path / "generate", generator=str(trained.folder), phantoms=1, phantom_shape=(9, 32, 32), steps=2))
+    out = read_ct(next(drawn.folder.rglob("phantom000_SYNTHETIC.nii.gz")))
+    assert out.synthetic and out.shape == (9, 32, 32) and done(drawn, drawn.units[0])["metrics"]["hu_lung"] is not None
+    packed = trained.payload(trained.units[0], "volumes", ".safetensors")
+    again = generate.run(_params("generate", tmp_path / "packed", generator=str(packed), phantoms=1, phantom_shape=(9, 32, 32), steps=2))
+    assert np.abs(read_ct(next(again.folder.rglob("phantom000_SYNTHETIC.nii.gz"))).array - out.array).mean() < 5      # float16 of the same weights
+
+
+def test_training_job_killed_and_run_again(cohort, tmp_path):
+    "`fvae run train_denoiser` killed in the middle: the same command goes on, with the curve of an undisturbed run"
+    latents = encode.run(_params("encode", tmp_path / "encode", manifest=str(cohort))).folder / "latents"
+    def command(folder): return [sys.executable, "-m", "fvae_nb.running.cli", "run", "train_denoiser", "-p", f"latents={latents}", "-p", "steps=12", "-p", "every=2", "-p", "sample_steps=0", "-p", "device=cpu", "--run", str(folder)]
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    process = subprocess.Popen(command(tmp_path / "killed"), cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    until = time.time() + 120
+    while not list((tmp_path / "killed").glob("checkpoints/step-*")) and process.poll() is None and time.time() < until: time.sleep(.02)
+    os.killpg(process.pid, signal.SIGKILL); said = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, said[-800:]
+    assert not list((tmp_path / "killed").glob("volumes/*/*.safetensors"))
+    for folder in ("killed", "whole"):
+        done_ = subprocess.run(command(tmp_path / folder), cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done_.returncode == 0, done_.stdout[-800:] + done_.stderr[-800:]
+    runs = {f: json.loads(sorted((tmp_path / f / "checkpoints").glob("step-*"))[-1].joinpath("config.json").read_text()) for f in ("killed", "whole")}
+    assert [r["step"] for r in runs.values()] == [12, 12]
+    rows = {f: [{k: v for k, v in row.items() if k != "seconds"} for row in r["curve"]] for f, r in runs.items()}
+    assert rows["killed"] == rows["whole"] and len(rows["whole"]) == 6
+    a, b = (next((tmp_path / f).glob("volumes/*/*.safetensors")).read_bytes() for f in ("killed", "whole"))
+    assert a == b
+
+
+def test_another_table_of_mask_colours_is_noticed(cohort, tmp_path, monkeypatch):
+    from fvae_nb.generation import conditions, sampling
+    from fvae_nb.generation.sampling import SamplingError, find_generator, sample
+    from fvae_nb.generation.training import TrainingError
+    from fvae_nb.vaes.interface import load_vae
+    latents = encode.run(_params("encode", tmp_path / "encode", manifest=str(cohort))).folder / "latents"
+    code = conditions.code_hash("lattice")
+    assert {read_latents(p).meta["mask_code_sha256"] for p in list_latents(latents)} == {code}
+    how = dict(latents=str(latents), steps=1, every=1, sample_steps=0, device="cpu")
+    params = make_params("train_denoiser", [], (), run=str(tmp_path / "train")).model_copy(update=how)
+    train_denoiser.run(params)
+    generator = find_generator(str(tmp_path / "train"))
+    assert generator.config["mask_code_sha256"] == code
+    organs = read_mask(tmp_path / "data/c0_organ.nii.gz")
+    monkeypatch.setattr(sampling, "code_hash", lambda name: "0"*64)
+    with pytest.raises(SamplingError, match="is not the one this generator was trained with"): sample(generator, load_vae("tiny"), organs)
+    monkeypatch.undo()
+    from fvae_nb.generation.training import TrainingConfig, train
+    from fvae_nb.generation.denoiser import Denoiser
+    known, _ = train_denoiser.read_cases(params)
+    with pytest.raises(TrainingError, match="another table of mask colours"):
+        train(Denoiser(generator.model.config), known, [], tmp_path / "train/checkpoints", TrainingConfig(**generator.config["training"]).model_copy(update=dict(steps=2)), train_denoiser.facts_of(known) | dict(mask_code_sha256="0"*64))

@@ -164,8 +164,8 @@ def maisi_inputs(
     region = {} if version == "v2" else {f"{w}_region_index_tensor": torch.zeros(1, 4, device=device) for w in ("top", "bottom")}
     return dict(x=x, timesteps=t, spacing_tensor=torch.zeros(1, 3, device=device)) | extra | region, dict(x=x, timesteps=t, controlnet_cond=torch.zeros(1, 8, *shape, device=device)) | extra
 
-# %% ../../nbs/07_generation/07_maisi.ipynb #aba9126a
-_CARD = "take models/{} of nvidia/NV-Generate-CT on the Hugging Face hub, after reading its licence (NVIDIA Open Model),"
+# %% ../../nbs/07_generation/07_maisi.ipynb #87ee991e
+_CARD = "take models/{} of nvidia/NV-Generate-CT on the Hugging Face hub, after reading its licence (NVIDIA Open Model)"
 FILES = {v: tuple(f"{f}|models/{f}|{f.removesuffix('.pt')}.safetensors" for f in (f"diff_unet_3d_{k}-ct.pt", f"controlnet_3d_{k}-ct.pt")) for v, k in (("v1", "ddpm"), ("v2", "rflow"))}
 ENTRIES = {v: Entry(f"maisi-{v}", "", (*FILES[v], REGISTRY["maisi"].files[0]), "NVIDIA Open Model", _CARD.format(f"diff_unet_3d_{k}-ct.pt, models/controlnet_3d_{k}-ct.pt and models/autoencoder_v1.pt")) for v, k in (("v1", "ddpm"), ("v2", "rflow"))}
 _LEFT_OVER = re.compile(r".*\.attn\.out_proj\.(weight|bias)")

@@ -144,7 +144,7 @@ def channel_weights(
 @lru_cache(8)
 def _order(count, seed, epoch): return torch.randperm(count, generator=_rng(seed, "order", epoch)).tolist()
 
-# %% ../../nbs/07_generation/05_training.ipynb #e754ce33
+# %% ../../nbs/07_generation/05_training.ipynb #92d23ab0
 def training_example(
     case,                  # a latent case
     config:TrainingConfig, # how
@@ -162,9 +162,13 @@ def training_example(
     t = draw_times((frames if config.stage == "pictures" else 1,), config.objective, config.times, rng)
     noise, dropped = torch.randn(z0.shape, generator=rng), torch.rand((), generator=rng) < config.dropout
     kept = 0. if dropped else 1.
-    out = dict(z0=z0, noise=noise, t=t, text=fit_text(case.text, tokens) * kept)
+    out = dict(z0=z0, noise=noise, t=t, text=fit_text(_text(case), tokens) * kept)
     if case.mask is not None: out["condition"] = scaling.enter_mask(part(case.mask))[0] * kept
     return out
+
+def _text(case):
+    "A case stored without text has one empty state"
+    return torch.zeros(1, 1) if case.text is None else case.text
 
 def _moved(x, down, right):
     "Latent frames moved in their plane; never mirrored, as a body has sides"
@@ -387,7 +391,7 @@ def train(
     net.load_state_dict(run.mean or net.state_dict())
     return run.curve
 
-# %% ../../nbs/07_generation/05_training.ipynb #88dcab2a
+# %% ../../nbs/07_generation/05_training.ipynb #0b185930
 class _Run:
     "The state of a training run"
     def __init__(self, net, cases, checkpoints, config, facts, device):
@@ -395,7 +399,7 @@ class _Run:
         self.net, self.cases, self.folder, self.config = net, cases, Path(checkpoints), config
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        self.tokens = facts.get("tokens") or max(len(c.text) for c in cases)
+        self.tokens = facts.get("tokens") or max(len(_text(c)) for c in cases)
         found = newest_checkpoint(self.folder)
         old = json.loads((found/"config.json").read_text()) if found else {}
         self.facts = {k: v for k, v in facts.items() if k not in ("scaling", "tokens")}

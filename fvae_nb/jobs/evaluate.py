@@ -304,7 +304,21 @@ def _finite(x):
     x = x.item() if hasattr(x, "item") else x
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
-# %% ../../nbs/jobs/evaluate.ipynb #aea97751
+# %% ../../nbs/jobs/evaluate.ipynb #14c53272
+def _overlay(run):
+    "The first case of each set in three views, target above and found below, where it has a mask"
+    from fvae_nb.evaluation.adherence import THRESHOLD_GROUPS, show_adherence
+    params = Params(**{k: v for k, v in run.params.items() if k != "job"})
+    for name in dict.fromkeys(u.model for u in run.units):
+        unit = next((u for u in run.units if u.model == name and not u.case.startswith("pool.") and done(run, u)), None)
+        if unit is None: continue
+        source = run.sources[unit.case]; real, _, phantom = _scan(params, source); made = _made(params, source, name, real, phantom)
+        wanted = _mask(params, source, name, made, phantom)
+        if wanted is None: continue
+        seg, has = _segmented(params, params.segmentations, source, name, made)
+        show_adherence(made, wanted, seg.with_array(seg.array), has or THRESHOLD_GROUPS + ("heart",), f"{name}, {source['case']}")
+
+# %% ../../nbs/jobs/evaluate.ipynb #fbaab74f
 def show_run(
     folder:str|Path, # of a run
 ):
@@ -325,4 +339,5 @@ def show_run(
     if rows: display(HTML(html_table(["set", "lesion, mm", "masks", "ignored", "share of the real contrast (median)", "offset, mm (median)"], rows, "Did it draw the lesions? (not in the paper)")))
     rows = [[name, r["n"], r["share"], r["real_share"], r["ml"]] for name, r in out["off_target"].items() if r["n"]]
     if rows: display(HTML(html_table(["set", "volumes", "share with a finding nobody asked for", "the same rule on the real scans", "ml a volume"], rows, "Findings nobody asked for (not in the paper)")))
+    _overlay(Run(folder))
     print("Defects of the public toolkit, off unless named:", "; ".join(f"{k} {v[0]}" for k, v in list(DEFECTS.items())[:5]))

@@ -11,9 +11,9 @@ from ..running.cases import JobError, Run, Unit, sha256_of
 from ..running.jobs import JobParams, Place, do_units
 
 # %% auto #0
-__all__ = ['Params', 'cases', 'inputs', 'run', 'show_run', 'plot_curve']
+__all__ = ['Params', 'cases', 'inputs', 'member', 'run', 'show_run', 'plot_curve']
 
-# %% ../../nbs/jobs/pretrain_tiny.ipynb #e75193cd
+# %% ../../nbs/jobs/pretrain_tiny.ipynb #1ac13955
 class Params(JobParams):
     "Pretrain the tiny VAE on natural photographs and video"
     photos:Place = Field("", description="folder of photographs; an index.csv there names file, licence, use (train or heldout). Empty: the two that scikit-learn carries")
@@ -34,6 +34,7 @@ class Params(JobParams):
     seed:int = Field(0, description="of weights and batches")
     bf16:bool = Field(False, description="convolutions in bfloat16")
     start:Place = Field("", description="tiny .safetensors to start from; empty: from the control")
+    processes:int = Field(1, ge=1, description="GPUs of a node (CPU: processes) that train together; batches are shared among them")
     device:str = Field("auto", description="auto, cpu, cuda")
 
 def cases(
@@ -70,26 +71,45 @@ def inputs(
         rows += [dict(kind="photo", file=f, path=str(folder/f), licence="CC BY 2.0", use="train", sha256=sha256_of(folder/f)) for f in ("china.jpg", "flower.jpg")]
     return rows
 
-# %% ../../nbs/jobs/pretrain_tiny.ipynb #dda00520
+# %% ../../nbs/jobs/pretrain_tiny.ipynb #2a992bba
+def _trained(params, folder, device, tell):
+    "Network and curve: trained to the end, from the last checkpoint on"
+    import torch
+    from fvae_nb.vaes.pretraining import load_clip, load_photo, natural_batch, pretrain
+    from fvae_nb.vaes.tiny import TinyVAE, read_tiny
+    files = inputs(params)
+    of = lambda kind, use: [r["path"] for r in files if r["kind"] == kind and r["use"] == use]
+    photos, clips = [load_photo(p) for p in of("photo", "train")], [load_clip(p) for p in of("video", "train")]
+    held_photos, held_clips = [load_photo(p) for p in of("photo", "heldout")], [load_clip(p) for p in of("video", "heldout")]
+    held = [natural_batch(held_photos or photos, held_clips or clips, 8, 9, 64, 12345, n).to(device) for n in range(4)]
+    torch.manual_seed(params.seed)
+    net = TinyVAE() if not params.start else read_tiny(params.start)[0].requires_grad_(True)
+    stages = [(0., params.batch, params.frames, params.size), (params.late, params.late_batch, params.late_frames, params.late_size)]
+    curve = pretrain(net.train().to(device), photos, clips, held, folder/"checkpoints", params.steps, stages, params.muon_lr, params.adam_lr, params.constant, params.ema, params.seed, params.bf16, params.every, tell)
+    return net, curve, files, photos, clips
+
+def member(
+    params:Params, # checked parameters
+    folder:Path,   # of the run
+):
+    "One process of a training that several share; the first writes the checkpoints"
+    import os
+    _trained(params, folder, "cpu" if params.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}", _tell(params.steps))
+
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder, with volumes/weights/tiny.safetensors
     "Train, checkpoint, write the weights"
-    import torch
+    from fvae_nb.running.slurm import together
     from fvae_nb.settings import pick_device
-    from fvae_nb.vaes.pretraining import load_clip, load_photo, natural_batch, pretrain, standardise
-    from fvae_nb.vaes.tiny import TinyVAE, read_tiny, save_tiny
+    from fvae_nb.vaes.pretraining import natural_batch, newest_checkpoint, standardise
+    from fvae_nb.vaes.tiny import save_tiny
     device = pick_device(None if params.device == "auto" else params.device)
     def do(run, unit, part):
-        files = inputs(params)
-        of = lambda kind, use: [r["path"] for r in files if r["kind"] == kind and r["use"] == use]
-        photos, clips = [load_photo(p) for p in of("photo", "train")], [load_clip(p) for p in of("video", "train")]
-        held_photos, held_clips = [load_photo(p) for p in of("photo", "heldout")], [load_clip(p) for p in of("video", "heldout")]
-        held = [natural_batch(held_photos or photos, held_clips or clips, 8, 9, 64, 12345, n).to(device) for n in range(4)]
-        torch.manual_seed(params.seed)
-        net = TinyVAE() if not params.start else read_tiny(params.start)[0].requires_grad_(True)
-        stages = [(0., params.batch, params.frames, params.size), (params.late, params.late_batch, params.late_frames, params.late_size)]
-        curve = pretrain(net.train().to(device), photos, clips, held, run.folder/"checkpoints", params.steps, stages, params.muon_lr, params.adam_lr, params.constant, params.ema, params.seed, params.bf16, params.every, _tell(params.steps))
+        found = newest_checkpoint(run.folder/"checkpoints")
+        if params.processes > 1 and (found is None or found[1]["step"] < params.steps):
+            together("pretrain_tiny", params.model_copy(update={"device": str(device).split(":")[0]}), run.folder, params.processes)
+        net, curve, files, photos, clips = _trained(params, run.folder, device, _tell(params.steps))
         standardise(net, [natural_batch(photos, clips, 8, 17, 64, 54321, n).to(device) for n in range(16)])
         facts = dict(steps=params.steps, seed=params.seed, start=sha256_of(params.start) if params.start else None, licence="Apache-2.0", gain=curve[-1]["gain"], params_sha256=run.params_sha256, notebook_sha256=run.read("provenance.json")["notebook_sha256"],
                      data=[{k: r[k] for k in ("kind", "file", "licence", "sha256")} for r in files if r["use"] == "train"], never="no medical image")

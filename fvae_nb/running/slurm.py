@@ -13,8 +13,8 @@ from ..settings import FVAEError, SettingsError, settings
 
 # %% auto #0
 __all__ = ['AGAIN', 'Resources', 'resources', 'script', 'ClusterDown', 'cluster', 'known_job', 'submitted', 'missing_shards',
-           'prepare', 'send', 'submit', 'queue', 'requeue', 'Stage', 'read_pipeline', 'run_pipeline', 'submit_pipeline',
-           'indexed_job']
+           'prepare', 'send', 'submit', 'queue', 'requeue', 'together', 'Stage', 'read_pipeline', 'run_pipeline',
+           'submit_pipeline', 'indexed_job']
 
 # %% ../../nbs/09_running/07_slurm.ipynb #8d6429ca
 class Resources(BaseModel):
@@ -37,7 +37,7 @@ def resources(
     except ValidationError as error:
         raise SettingsError("; ".join(f"slurm.{e['loc'][0]} = {e['input']!r}: {e['msg']}; known: {', '.join(Resources.model_fields)}" for e in error.errors())) from None
 
-# %% ../../nbs/09_running/07_slurm.ipynb #2a2f2ea0
+# %% ../../nbs/09_running/07_slurm.ipynb #0254beca
 def script(
     command:list[str],    # program and arguments; '{shard}' becomes the task's number
     folder:Path,          # of the run, on a file system that all nodes share
@@ -57,8 +57,8 @@ def script(
     if after: options += ["dependency=afterok:" + ":".join(after), "kill-on-invalid-dep=yes"]
     line = " ".join("$SLURM_ARRAY_TASK_ID" if a == "{shard}" else shlex.quote(a) for a in command)
     quiet = "" if res.gpus else "export CUDA_VISIBLE_DEVICES=\n"               # without --gres a task would see every GPU of its node
-    start = "srun --kill-on-bad-exit=1 " if res.nodes > 1 else "exec "
-    return "#!/bin/bash\n" + "".join(f"#SBATCH --{o}\n" for o in options) + "set -eu\n" + quiet + start + line + "\n"
+    first = "srun --kill-on-bad-exit=1 " + line.replace(" run ", " join ", 1) + "\n" if res.nodes > 1 else ""     # all nodes train; then this one packs what they made
+    return "#!/bin/bash\n" + "".join(f"#SBATCH --{o}\n" for o in options) + "set -eu\n" + quiet + first + "exec " + line + "\n"
 
 # %% ../../nbs/09_running/07_slurm.ipynb #c4b80422
 class ClusterDown(FVAEError):
@@ -217,6 +217,44 @@ def requeue(
     except FVAEError as error: print(error, file=sys.stderr); return 1
     print(f"{me}: put back into the queue", flush=True); time.sleep(patience)
     return 1
+
+# %% ../../nbs/09_running/07_slurm.ipynb #4092f740
+def together(
+    job:str,        # name of a training job
+    params,         # its parameters
+    folder:str|Path, # of the run
+    processes:int,  # on this node; GPUs, where the job runs on GPUs
+) -> None:
+    "Train in several processes, on all nodes of a Slurm task that has several; if one dies, all are ended and the run can go on from its last checkpoint"
+    import socket
+    nodes, node = int(os.environ.get("SLURM_STEP_NUM_NODES") or 1), int(os.environ.get("SLURM_NODEID") or 0)
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    host = "127.0.0.1"
+    if nodes > 1:                                                              # every node must name the same door
+        host = _ask("scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
+        port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from fvae_nb.running.slurm import _member; _member()", job, params.model_dump_json(), str(folder), str(os.getpid())]
+    places = [dict(RANK=node*processes + k, LOCAL_RANK=k, WORLD_SIZE=nodes*processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR=host, MASTER_PORT=port) for k in range(processes)]
+    (Path(folder)/"logs").mkdir(parents=True, exist_ok=True)
+    logs = [Path(folder)/"logs"/f"rank-{p['RANK']:03d}.log" for p in places]
+    team = [subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in p.items()}, stdin=subprocess.DEVNULL, stdout=open(log, "w"), stderr=subprocess.STDOUT) for p, log in zip(places, logs)]
+    try:
+        while any(p.poll() is None for p in team) and not any(p.returncode for p in team): time.sleep(.1)
+    finally:
+        for p in team:
+            if p.poll() is None: p.kill()
+        for p in team: p.wait()
+    bad = next((k for k, p in enumerate(team) if p.returncode and p.returncode != -9), next((k for k, p in enumerate(team) if p.returncode), None))
+    if bad is not None: raise RuntimeError(f"process {places[bad]['RANK']} of {nodes*processes} ended with {team[bad].returncode}; its last words are in {logs[bad]}: {' '.join(logs[bad].read_text(errors='replace').split())[-300:]}")
+
+def _member():
+    "One process of a training"
+    from fvae_nb.running.jobs import _end_with, job_module
+    job, text, folder, parent = sys.argv[1:]
+    _end_with(int(parent))
+    module = job_module(job)
+    if not hasattr(module, "member"): raise JobError(f"{job}: not a training that several processes can share")
+    module.member(module.Params(**json.loads(text)), Path(folder))
 
 # %% ../../nbs/09_running/07_slurm.ipynb #15d49513
 class Stage(BaseModel):

@@ -131,14 +131,14 @@ function drawOutlines(g, sx, sy) {
 }
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #6ae07b5d
+# %% ../../nbs/02_show/02_page.ipynb #a21e2e79
 _SCRIPT_LINES = r"""
 function label(g, text, x, y, align, base) {
   g.textAlign = align; g.textBaseline = base; g.strokeStyle = "#000"; g.strokeText(text, x, y); g.fillStyle = "#fff"; g.fillText(text, x, y);
 }
 // three times as large, under the pointer, in every panel at the same voxel
 function drawLens(g, p, W, H, sx, sy, dots) {
-  const r = Math.min(.22 * W, 90 * dots), x = (view.point[0] + .5) * sx, y = (view.point[1] + .5) * sy, cut = r / 3;
+  const r = Math.min(.2 * W, 90 * dots), x = (view.point[0] + .5) * sx, y = (view.point[1] + .5) * sy, cut = r / 3;
   g.save(); g.beginPath(); g.arc(x, y, r, 0, 7); g.clip();
   g.fillStyle = "#000"; g.fillRect(x - r, y - r, 2 * r, 2 * r);
   g.imageSmoothingEnabled = p.kind != "mask";
@@ -277,14 +277,14 @@ function fit() { try { if (window.frameElement) window.frameElement.style.height
 })();
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #d8c4e4ab
+# %% ../../nbs/02_show/02_page.ipynb #0afbf025
 _STYLE = """:root{color-scheme:light dark;font:15px/1.4 system-ui,sans-serif}body{margin:0;padding:.5rem .6rem;background:Canvas;color:CanvasText}h1{font-size:1.05rem;margin:0}p{margin:.15rem 0 .5rem}
 .small,footer{font-size:.8rem;opacity:.8}.synthetic{background:#f0e442;color:#000;padding:0 .3em;border-radius:.2em;font-weight:700}
 #panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,14rem),1fr));gap:.6rem}figure{margin:0;max-width:30rem}figcaption{min-height:1.4em;font-size:.9rem;display:flex;gap:.6em;overflow-wrap:anywhere}
 figcaption output{margin-left:auto;white-space:nowrap;font-variant-numeric:tabular-nums}.stack{position:relative;background:#000;line-height:0}.picture{width:100%;display:block}.lines{position:absolute;inset:0;width:100%;height:100%;cursor:crosshair;touch-action:pan-y}.lens .lines{touch-action:none}
 .bar{display:flex;flex-wrap:wrap;gap:.3rem .5rem;align-items:center;margin:.5rem 0}.bar input[type=range]{flex:1 1 10rem;min-width:8rem;accent-color:#0072b2}
 button{font:inherit;font-size:.85rem;padding:.25rem .6rem;border:1px solid #8888;border-radius:.3rem;background:ButtonFace;color:ButtonText;cursor:pointer}select{font:inherit;font-size:.85rem;padding:.2rem}.bar label{white-space:nowrap;font-size:.85rem}button[aria-pressed=true]{background:#0072b2;border-color:#0072b2;color:#fff}
-.group{display:flex;flex-wrap:wrap;gap:.2rem}.key{display:inline-block;width:.8em;height:.8em;margin-right:.35em;vertical-align:-.05em}@media(pointer:coarse){button,select{min-height:2.4rem}}.scale{height:.5rem;margin-top:.25rem}.ends{display:flex;justify-content:space-between;font-size:.75rem}"""
+.hold{position:sticky;bottom:0;z-index:1;background:Canvas;padding:.3rem 0;margin:.2rem 0}.flat .picture{image-rendering:pixelated}.group{display:flex;flex-wrap:wrap;gap:.2rem}.key{display:inline-block;width:.8em;height:.8em;margin-right:.35em;vertical-align:-.05em}@media(pointer:coarse){button,select{min-height:2.4rem}}.scale{height:.5rem;margin-top:.25rem}.ends{display:flex;justify-content:space-between;font-size:.75rem}"""
 
 _SPEEDS = (2, 5, 10, 20, 40)   # slices a second
 
@@ -293,7 +293,7 @@ def _figure(panel, volumes, gradient, error):
     made = panel["kind"] == "scan" and volumes[panel["name"]].synthetic
     scale = f"<div class=scale style='background:linear-gradient(to right,{gradient})'></div><div class=ends><span>−{error:g} HU</span><span>0</span><span>+{error:g} HU</span></div>" if panel["kind"] == "error" else ""
     name = html.escape(panel["name"])
-    return (f"<figure><figcaption><b>{name}</b>{' <span class=synthetic>SYNTHETIC</span>' if made else ''}<output></output></figcaption>"
+    return (f"<figure{' class=flat' if panel['kind'] == 'mask' else ''}><figcaption><b>{name}</b>{' <span class=synthetic>SYNTHETIC</span>' if made else ''}<output></output></figcaption>"
             f"<div class=stack><canvas class=picture role=img aria-label=\"{name}\"></canvas><canvas class=lines></canvas></div>{scale}</figure>")
 
 def _facts(first, every, block):
@@ -302,7 +302,7 @@ def _facts(first, every, block):
     left = ", ".join(filter(None, [f"every {every}{ {2: 'nd', 3: 'rd'}.get(every, 'th')} slice" if every > 1 else "", f"means of {block} × {block} pixels" if block > 1 else ""]))
     return f"{s} slices of {r} × {c}, {a:.3g} × {b:.3g} × {d:.3g} mm" + (f"; shown: {left}" if left else "")
 
-# %% ../../nbs/02_show/02_page.ipynb #4a36ae37
+# %% ../../nbs/02_show/02_page.ipynb #c1a9968f
 def _body(volumes, panels, mask, windows, first, every, block, error, gradient, title):
     "The markup between the head and the script"
     synthetic = any(v.synthetic for v in volumes.values())
@@ -312,7 +312,7 @@ def _body(volumes, panels, mask, windows, first, every, block, error, gradient, 
     speed = "".join(f"<option value={n}{' selected' if n == 10 else ''}>{n} a second</option>" for n in _SPEEDS)
     return (f"<h1>{'<span class=synthetic>SYNTHETIC</span> ' if synthetic else ''}{html.escape(title)}</h1><p class=small>{html.escape(_facts(first, every, block))}</p>"
             f"<div id=panels>{''.join(_figure(p, volumes, gradient, error) for p in panels)}</div>"
-            f"<div class=bar><button type=button id=play aria-pressed=false>play</button><select id=speed aria-label=speed>{speed}</select><button type=button id=lens aria-pressed=false>lens</button><input type=range id=slice min=0 step=1 aria-label=slice></div>"
+            f"<div class='bar hold'><button type=button id=play aria-pressed=false>play</button><select id=speed aria-label=speed>{speed}</select><button type=button id=lens aria-pressed=false>lens</button><input type=range id=slice min=0 step=1 aria-label=slice></div>"
             f"<div class=bar>{buttons('plane', ('axial', 'coronal', 'sagittal'))}{buttons('window', [w if isinstance(w, str) else window_label(w) for w in windows])}</div>{overlay}"
             "<p class=small><span id=where aria-live=polite>Unpacking…</span> <b id=under></b></p><noscript>This viewer draws with JavaScript, which is switched off here.</noscript>"
             f"<footer>Wheel or arrow keys: slice; Page Up, Page Down: ten; 1 to {min(9, len(windows))}: window; p: plane; space: play, + and − its speed; z: lens{'; m: outlines; l: next label, where there is most of it' if mask else ''}; click: the other planes go there. R, L: the patient's right and left; A, P: front and back; H, F: head and feet. Not for clinical use.</footer>")

@@ -311,7 +311,7 @@ def gain_over_control(
         gains.append(10 * torch.log10((control_error(x) + 1e-4) / (error + 1e-4)))   # above 46 dB nobody looks
     return torch.cat(gains).mean().item()
 
-# %% ../../nbs/04_vaes/05_pretraining.ipynb #e960ab23
+# %% ../../nbs/04_vaes/05_pretraining.ipynb #e116b697
 def pretrain(
     net,                   # a TinyVAE; trained in place, ends with the EMA weights
     photos:Sequence,       # from `load_photo`
@@ -331,20 +331,23 @@ def pretrain(
 ) -> list[dict]: # the curve: step, loss (mean of 50 steps), gain on held-out clips where measured
     "Train until `steps`, resuming where the last checkpoint stopped"
     import time
-    optimisers = _optimisers(net, muon_lr, adam_lr)
+    from accelerate import Accelerator
+    team = Accelerator(cpu=next(net.parameters()).device.type == "cpu")        # one process, or one of several that share each batch
+    if wrong := [b for _, b, _, _ in stages if b % team.num_processes]: raise ValueError(f"batch = {wrong[0]} over {team.num_processes} processes: expected a multiple")
+    optimisers = _optimisers(net.to(team.device), muon_lr, adam_lr)
     mean = {k: v.detach().clone() for k, v in net.state_dict().items()}
     net.encoder.bf16 = net.decoder.bf16 = bf16
     curve, start = [], 0
     if found := newest_checkpoint(checkpoints):
         _unpack(found[0], net, mean, optimisers); curve, start = found[1]["curve"], found[1]["step"]
-    losses, began, trained = [], time.time(), dict(net.named_parameters())
+    model, losses, began, trained = team.prepare_model(net), [], time.time(), dict(net.named_parameters())
     for step in range(start, steps):
         _, batch, frames, size = [s for s in stages if step >= s[0] * steps][-1]
-        x = natural_batch(photos, clips, batch, frames, size, seed, step).to(next(net.parameters()).device)
-        error = (net(x) - x).square().flatten(1).mean(1)
+        x = natural_batch(photos, clips, batch, frames, size, seed, step)[team.process_index::team.num_processes].to(team.device)
+        error = (model(x) - x).square().flatten(1).mean(1)
         loss = (error / (control_error(x) + 1e-3)).mean()   # relative to the control; the floor keeps easy clips from dominating
         for o in optimisers: o.zero_grad()
-        loss.backward()
+        team.backward(loss)
         for o, most in zip(optimisers, (1., 2.)): torch.nn.utils.clip_grad_norm_(o.param_groups[0]["params"], most)   # one wild clip must not own the momentum
         factor = learning_rate(step, steps, constant)
         for o, lr in zip(optimisers, (muon_lr, adam_lr)):
@@ -352,13 +355,15 @@ def pretrain(
         decay = min(ema, (step + 1) / (step + 10))
         with torch.no_grad():
             for k, v in trained.items(): mean[k].lerp_(v, 1 - decay)
-        losses.append(loss.item()); n = step + 1
+        losses.append(team.reduce(loss.detach(), "mean").item()); n = step + 1
         if n % 50 == 0 or n % every == 0 or n == steps:
             row = {"step": n, "loss": sum(losses) / len(losses)}; losses = []
-            if n % every == 0 or n == steps: row["gain"] = gain_over_control(net, held_out, mean)
+            whole = n % every == 0 or n == steps
+            if whole and team.is_main_process: row["gain"] = gain_over_control(net, held_out, mean)
             curve.append(row)
-            if "gain" in row: save_checkpoint(checkpoints, n, _pack(net, mean, optimisers), {"curve": curve, "seed": seed, "steps": steps})
-            report(steps=steps, seconds=time.time() - began, done=n - start, **row)
+            if whole and team.is_main_process: save_checkpoint(checkpoints, n, _pack(net, mean, optimisers), {"curve": curve, "seed": seed, "steps": steps})
+            if whole: team.wait_for_everyone()
+            if team.is_main_process: report(steps=steps, seconds=time.time() - began, done=n - start, **row)
     net.load_state_dict(mean)
     return curve
 

@@ -1,0 +1,56 @@
+"Training shared by several processes: the same curve as by one; a process that dies takes the others along and the run goes on from its last checkpoint."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import eventually
+from fvae_nb.running import slurm
+
+FVAE = [sys.executable, "-m", "fvae_nb.running.cli"]
+
+
+def curve(job, folder, processes, *more):
+    "The curve of a small training; exit status 0"
+    texts = [x for t in ("device=cpu", f"processes={processes}", *more) for x in ("-p", t)]
+    r = subprocess.run([*FVAE, "run", job, *texts, "--run", str(folder)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert r.returncode == 0, r.stdout + r.stderr
+    side = json.loads(next(Path(folder).glob("cases/*/*.json")).read_text())
+    return side["metrics"]["curve"], side
+
+
+SMALL = {"train_denoiser": ("steps=6", "every=2", "sample_steps=0", "dropout=0.1"),
+         "pretrain_tiny": ("steps=4", "every=2", "batch=2", "frames=5", "size=32", "late_batch=2", "late_frames=5", "late_size=32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", list(SMALL))
+def test_two_processes_give_the_curve_of_one(job, in_tmp):
+    one, _ = curve(job, in_tmp / "one", 1, *SMALL[job])
+    two, _ = curve(job, in_tmp / "two", 2, *SMALL[job])
+    assert sorted(p.name for p in (in_tmp / "two/logs").iterdir()) == ["rank-000.log", "rank-001.log"]
+    print(job, [(a["step"], a["loss"], b["loss"]) for a, b in zip(one, two)])
+    assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) >= 2
+    for a, b in zip(one, two): assert abs(a["loss"] - b["loss"]) <= 2e-4 * abs(a["loss"])     # sums in another order, then Muon or AdamW on them
+    assert any(abs(a["loss"] - one[0]["loss"]) > 1e-3 * abs(a["loss"]) for a in one[1:])       # the curve moves at all
+
+
+def test_a_death_is_told_and_nobody_is_left(in_tmp, monkeypatch):
+    "The second process dies at once; the first waits for it in vain and is ended"
+    (in_tmp / "x").mkdir()
+    from fvae_nb.running.jobs import make_params
+    params = make_params("train_denoiser", ["device=cpu", "processes=2", "batch=3", "steps=2"])        # 3 over 2: both refuse
+    started = time.time()
+    with pytest.raises(RuntimeError, match=r"process \d of 2 ended with 1.*batch = 3 over 2 processes"): slurm.together("train_denoiser", params, in_tmp / "x", 2)
+    assert time.time() - started < 120
+    assert subprocess.run(["pgrep", "-f", str(in_tmp / "x")], capture_output=True, text=True).stdout == ""
+
+
+def test_a_job_that_is_no_training(in_tmp):
+    from fvae_nb.running.jobs import make_params
+    with pytest.raises(RuntimeError, match="not a training that several processes can share"): slurm.together("reconstruct", make_params("reconstruct"), in_tmp / "x", 1)
