@@ -94,7 +94,7 @@ def resample(
     exact = [n * s / t for n, s, t in zip(ct.shape, ct.spacing, spacing)]
     return resize(ct, tuple(max(1, int(e + 1e-9) if rule == "truncate" else round(e)) for e in exact))
 
-# %% ../../nbs/01_data/02_prepare.ipynb #abeab4cf
+# %% ../../nbs/01_data/02_prepare.ipynb #2ce27c78
 def body_mask(
     ct:CTVolume,            # a scan in HU
     threshold:float=-500.,  # HU
@@ -103,8 +103,8 @@ def body_mask(
     "The body, from the CT alone"
     from scipy import ndimage
     solid = ct.array > threshold
-    reach = [max(1, round(opening_mm / 2 / s)) for s in ct.spacing[1:]]
-    disc = np.hypot(*(np.ogrid[-reach[0]:reach[0]+1, -reach[1]:reach[1]+1][i] / reach[i] for i in (0, 1))) <= 1
+    reach = [round(opening_mm / 2 / s) for s in ct.spacing[1:]]          # pixels; 0 on a coarse grid, where an opening would tear the chest wall
+    disc = np.hypot(*(np.ogrid[-reach[0]:reach[0]+1, -reach[1]:reach[1]+1][i] / max(1, reach[i]) for i in (0, 1))) <= 1
     solid = np.stack([ndimage.binary_opening(s, disc) for s in solid])
     parts, n = ndimage.label(solid)
     if not n: raise DataError(f"{ct.name or 'volume'}: nothing is denser than {threshold:g} HU, so there is no body; is this in HU?")

@@ -101,7 +101,7 @@ def run(
     if all_settled(out) and any(done(out, u) for u in out.units): results(out.folder)
     return out
 
-# %% ../../nbs/jobs/ablate.ipynb #64d348e7
+# %% ../../nbs/jobs/ablate.ipynb #000965f2
 def results(
     folder:str|Path, # of a run
 ) -> dict: # arm -> scores of score_sets, lesions; also written to ablation.json and tables/table5
@@ -120,7 +120,7 @@ def results(
     pool = []
     for p in next((c["pool"] for c in run.sources.values() if c.get("pool")), []) if es else []: pool.append(dict(real=see(real_scan(p | dict(path=""), params)), prompt=case_prompt(Case.model_validate(p["row"]))))
     real, out = {}, {}
-    for arm in dict.fromkeys(u.model for u in run.units):
+    for arm in [a for a in ARMS if a in params.arms]:
         units = [(u, side) for u in run.units if u.model == arm and (side := done(run, u))]
         if not units: continue
         lesions = [side["metrics"] for _, side in units]; judged = [m for m in lesions if m.get("share") is not None]
@@ -158,7 +158,7 @@ def table5(
     return Table("Table 5. What each condition is worth", ("arm", "organ mask", "disease mask", "text", "FVD", "FID avg", "I2I", "T2I", "CLIP avg", "lesion contrast, share of real", "ignored"), tuple(rows),
                  tuple(filter(None, (note, extra, "Lesion columns: the case's largest finding, in every arm, at the place the case has it; 1: as strong as in the real scan.", "Italics: the paper's figures, other features, other cases." if paper else ""))), labels=4)
 
-# %% ../../nbs/jobs/ablate.ipynb #b76c08b3
+# %% ../../nbs/jobs/ablate.ipynb #642f898d
 def show_run(
     folder:str|Path, # of a run
     limit:int=2,     # cases shown
@@ -172,7 +172,7 @@ def show_run(
     from fvae_nb.show.slices import show_slice
     run = Run(folder); params = Params(**{k: v for k, v in run.params.items() if k != "job"})
     if (path := run.folder/"tables"/"table5.md").is_file(): display(Markdown(path.read_text()))
-    arms = list(dict.fromkeys(u.model for u in run.units))
+    arms = [a for a in ARMS if a in params.arms]
     for case in [c for c in run.sources if all(done(run, Unit(a, c)) for a in arms)][:limit]:
         source = run.sources[case]; _, disease = generate._maps(source, params); real = real_scan(source, params)
         made = {a: read_ct(generate._payload(run, Unit(a, case))) for a in arms}; grid = made[arms[0]]

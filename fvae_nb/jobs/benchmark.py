@@ -72,7 +72,7 @@ def _error(a, b, hu=1000.):
     d = (a - b).float()
     return dict(of_range=float(d.abs().max()/(a.max() - a.min()).clamp(min=1e-9)), rms_hu=float(d.square().mean().sqrt()*hu))
 
-# %% ../../nbs/jobs/benchmark.ipynb #cab5484b
+# %% ../../nbs/jobs/benchmark.ipynb #802da81c
 def _video(size, device, channels=3):
     "A crop of the phantom, repeated to the size asked for: values as in a scan"
     import torch
@@ -101,8 +101,12 @@ def _wan(name, sizes, params):
             rows.append(_row(f"{text} {what}", "diffusers' class", "with exact shortcuts", t, {"of_range": error["latent"]} if what == "encode" else error["decoded"]))
     return rows
 
-def wan21(params): return _wan("wan2.1", {"smoke": [(5, 32, 32)], "cpu": [(9, 64, 64), (5, 96, 96), (1, 96, 96)], "gpu": [(65, 512, 512), (1, 512, 512)]}[params.size], params)
-def wan22(params): return _wan("wan2.2", {"smoke": [(5, 32, 32)], "cpu": [(5, 64, 64), (1, 64, 64)], "gpu": [(33, 512, 512)]}[params.size], params)
+def wan21(params):
+    "WAN2.1 at its own width"
+    return _wan("wan2.1", {"smoke": [(5, 32, 32)], "cpu": [(9, 64, 64), (5, 96, 96), (1, 96, 96)], "gpu": [(65, 512, 512), (1, 512, 512)]}[params.size], params)
+def wan22(params):
+    "WAN2.2 at its own width"
+    return _wan("wan2.2", {"smoke": [(5, 32, 32)], "cpu": [(5, 64, 64), (1, 64, 64)], "gpu": [(33, 512, 512)]}[params.size], params)
 
 # %% ../../nbs/jobs/benchmark.ipynb #eba8acac
 _CHILD = """

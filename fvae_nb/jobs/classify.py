@@ -165,7 +165,7 @@ def run(
     if all_settled(out) and any(done(out, u) for u in out.units): results(out.folder)
     return out
 
-# %% ../../nbs/jobs/classify.ipynb #b41884d2
+# %% ../../nbs/jobs/classify.ipynb #4a2baf0e
 def results(
     folder:str|Path, # of a run
 ) -> dict: # arm -> ranking and gains; also written to classification.json and tables/table4
@@ -175,7 +175,7 @@ def results(
     from fvae_nb.evaluation.tables import write_table
     from fvae_nb.jobs.evaluate import _finite
     run = Run(folder); params = Params(**{k: v for k, v in run.params.items() if k != "job"}); arms, sources, first = {}, {}, None
-    for arm in dict.fromkeys(u.model for u in run.units):
+    for arm in ["real", "control", *next(iter(run.sources.values()))["sets"]]:
         held = [json.loads((run.folder/side["payload"]).read_text()) for u in run.units if u.model == arm and (side := done(run, u))]
         if not held: continue
         first = first or held[0]; arms[arm] = np.mean([1/(1 + np.exp(-np.array(h["scores"]))) for h in held], 0)

@@ -23,14 +23,28 @@ __all__ = ['V1', 'SD3', 'RELEASES', 'zero_edge', 'zero_corner', 'zero_all', 'cop
            'v1_network', 'sd3_network', 'pieces_of', 'tile_starts', 'tiled', 'CVVAE', 'build_cvvae', 'load',
            'random_copy']
 
-# %% ../../nbs/04_vaes/10_cvvae.ipynb #a9544566
-def zero_edge(x): return F.pad(x, (1, 1, 1, 1))                                    # around the plane
-def zero_corner(x): return F.pad(x, (0, 1, 0, 1))                                  # right and below
-def zero_all(x): return F.pad(x, (1,)*6)                                           # and one frame before and behind
-def copy_edge(x): return F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
-def copy_all(x): return F.pad(x, (1,)*6, mode="replicate")
-def copy_ends(x): return torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)              # one frame before and behind
-def copy_first(x): return torch.cat([x[:, :, :1]]*2 + [x], 2)                      # two frames before: causal
+# %% ../../nbs/04_vaes/10_cvvae.ipynb #c551690d
+def zero_edge(x):
+    "Zeros around the plane"
+    return F.pad(x, (1, 1, 1, 1))
+def zero_corner(x):
+    "Zeros right and below"
+    return F.pad(x, (0, 1, 0, 1))
+def zero_all(x):
+    "Zeros around, and one frame of them before and behind"
+    return F.pad(x, (1,)*6)
+def copy_edge(x):
+    "The edge again, around the plane"
+    return F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
+def copy_all(x):
+    "The edge again, around, before and behind"
+    return F.pad(x, (1,)*6, mode="replicate")
+def copy_ends(x):
+    "First and last frame again, one before and one behind"
+    return torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+def copy_first(x):
+    "The first frame twice before: causal"
+    return torch.cat([x[:, :, :1]]*2 + [x], 2)
 
 class PaddedConv(nn.Conv3d):
     "A 3x3x3 convolution with its own idea of what lies beyond the edge"
@@ -129,8 +143,10 @@ class Up(nn.Module):
         if not self.time: return y
         return y.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)[:, :, 1:]    # first C channels: the earlier frame
 
-# %% ../../nbs/04_vaes/10_cvvae.ipynb #e023a912
-def named(**layers): return nn.Sequential(OrderedDict(layers))
+# %% ../../nbs/04_vaes/10_cvvae.ipynb #0ae520bd
+def named(**layers):
+    "Layers in order, by name"
+    return nn.Sequential(OrderedDict(layers))
 
 def v1_network(
     ch:int=128,             # width at full resolution
