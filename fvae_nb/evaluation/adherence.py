@@ -16,8 +16,8 @@ from ..show.slices import PLANES, show_slice, take_plane
 
 # %% auto #0
 __all__ = ['TABLE3_GROUPS', 'THRESHOLD_GROUPS', 'WORSE', 'group_mask', 'organ_adherence', 'summarise_adherence',
-           'threshold_organs', 'read_segmentation', 'show_adherence', 'lesion_adherence', 'by_size', 'off_target',
-           'off_target_rate', 'worsen_mask']
+           'threshold_organs', 'read_segmentation', 'show_adherence', 'lesion_adherence', 'by_size', 'by_finding',
+           'off_target', 'off_target_rate', 'worsen_mask']
 
 # %% ../../nbs/08_evaluation/05_adherence.ipynb #626c9243
 TABLE3_GROUPS = ("lung", "heart", "vessel", "rib")
@@ -169,6 +169,18 @@ def by_size(
         middle = lambda k: float(np.median(v)) if (v := [x[k] for x in r if x[k] == x[k]]) else math.nan
         out.append(dict(low=low, high=high, n=len(r), n_ignored=sum(x["ignored"] for x in r), share=middle("share"), offset_mm=middle("offset_mm")))
     return out
+
+# %% ../../nbs/08_evaluation/05_adherence.ipynb #7a11e55a
+def by_finding(
+    rows:Sequence[dict], # of `lesion_adherence`, each with its finding
+) -> list[dict]: # finding, n, n_ignored, share, extent, offset_mm (medians)
+    "Lesion adherence by finding, the most frequent first"
+    out = []
+    for f in dict.fromkeys(x["finding"] for x in rows):
+        r = [x for x in rows if x["finding"] == f and x["ignored"] is not None]
+        middle = lambda k: float(np.median(v)) if (v := [x[k] for x in r if x[k] == x[k]]) else math.nan
+        if r: out.append(dict(finding=f, n=len(r), n_ignored=sum(x["ignored"] for x in r), **{k: middle(k) for k in ("share", "extent", "offset_mm")}))
+    return sorted(out, key=lambda b: -b["n"])
 
 # %% ../../nbs/08_evaluation/05_adherence.ipynb #0cf52cd5
 def off_target(

@@ -126,7 +126,7 @@ def write_table(
         out.append(path.with_name(path.name + end)); out[-1].write_text(f(table), encoding="utf-8")
     return out
 
-# %% ../../nbs/08_evaluation/08_tables.ipynb #6de87704
+# %% ../../nbs/08_evaluation/08_tables.ipynb #0e0838f5
 def table1(
     ours:dict[str, dict],            # VAE -> {'lung' or 'pancreas': {metric: {mean, sd, n}}}; metrics psnr, ssim, mse
     sources:dict[str, dict]|None=None, # VAE -> provenance of its run
@@ -165,7 +165,7 @@ def table2(
             if "t2i" in r: rows.append((o["split"], "real scans, own prompt", *[Cell(None)]*5, Cell(100., "100", s["n"], {**src, "metric": "identity"}), at(r["t2i"], "real t2i"), *[Cell(None)]*3))
     names = sorted({o["features"] for o in ours if o.get("features")})
     notes = ["Italics: the paper's figures, n = 30 normal and 50 disease volumes, without floors."] + [f"Features of our rows: {n}." for n in names] + [o["note"] for o in ours if o.get("note")]
-    if paper: rows += [(split, method, *(paper_cell(v, "Table 2", 4 if k == 0 else 0 if k > 7 else 2) for k, v in enumerate(values))) for (split, method), values in TABLE2.items() if split in {o["split"] for o in ours} or not ours]
+    if paper: rows += [(split, method, *(paper_cell(v, "Table 2", 4 if k == 0 else 0 if k > 7 else 2) for k, v in enumerate(values))) for (split, method), values in TABLE2.items() if split in {o["split"] for o in ours} or not ours or "all" in {o["split"] for o in ours}]
     head = ("split", "method", *TABLE2_COLUMNS) if not any("stand-in" in n for n in names) else ("split", "method", *(c.replace("FVD CT-CLIP", "Frechet, volumes").replace("FID", "Frechet 2.5D").replace("CT-CLIP avg", "mean of both") for c in TABLE2_COLUMNS))
     return Table("Table 2. Generated volumes" + (" (our rows: stand-in features, not comparable with the paper's)" if any("stand-in" in n for n in names) else ""), head, tuple(rows), tuple(dict.fromkeys(notes)), 2)
 

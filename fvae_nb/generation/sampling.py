@@ -290,10 +290,11 @@ def sample(
         hu = task.decode(task.solve(z, predict, name), len(task.organs))
     return organs.with_array(np.ascontiguousarray(hu[:n, :rows, :columns]), name=case or organs.name, synthetic=True)
 
-# %% ../../nbs/07_generation/06_sampling.ipynb #e671ded9
+# %% ../../nbs/07_generation/06_sampling.ipynb #2c34f1dd
 @torch.no_grad()
 def sample_steps(
     generator:Generator, vae, organs:CTVolume, disease:CTVolume|None=None, text:torch.Tensor|None=None, config:SamplingConfig=SamplingConfig(), case:str="", # as in `sample`
+    shown:Sequence[int]|None=None, # steps to decode, from 0; None: all
 ) -> Iterator[tuple[CTVolume, CTVolume]]: # after each step: what the latent under noise decodes to, and the clean scan it is heading for
     "The road itself, decoded at every step: for a look, whole or fused only"
     _checked(generator, vae, organs, disease, config)
@@ -306,7 +307,8 @@ def sample_steps(
     seen = {}
     def remember(z, t): seen["z"], seen["t"], seen["answer"] = z, t, predict(z, t); return seen["answer"]
     from fvae_nb.generation.diffusion import clean
-    for z, _ in task.steps(z, remember, name):
+    for n_step, (z, _) in enumerate(task.steps(z, remember, name)):
+        if shown is not None and n_step not in shown: continue
         x0 = clean(seen["answer"], seen["z"], torch.as_tensor(seen["t"]).reshape(1).to(z.device), generator.objective)
         yield tuple(organs.with_array(np.ascontiguousarray(task.decode(x, len(task.organs))[:n, :rows, :columns]), name=case or organs.name, synthetic=True) for x in (z, x0))
 

@@ -222,7 +222,7 @@ def _check(part):
         f.seek(-14, os.SEEK_END)
         if f.read() != b"</body></html>": raise JobError(f"{part}: the page is cut")
 
-# %% ../../nbs/jobs/page.ipynb #14d0e050
+# %% ../../nbs/jobs/page.ipynb #2352fdbb
 def _index(run):
     "The list of a run's pages"
     rows = "".join(f"<li><a href=\"{html.escape(_payload(run, u).relative_to(run.folder/'pages').as_posix())}\">{html.escape(u.case)}</a>, {s['metrics']['slices']} slices, {s['metrics']['mb']} MB</li>"
@@ -232,13 +232,14 @@ def _index(run):
 
 def show_run(
     folder:str|Path, # of a run
+    links:bool=True, # list the files too?
 ):
-    "Links to the pages, and the first one as a picture to scroll"
+    "Links to the pages, and the first one to scroll in"
     from IPython.display import HTML, display
     run = Run(folder)
     finished = [u for u in run.units if done(run, u)]
-    links = "".join(f"<li><a href=\"{html.escape(Path(os.path.relpath(_payload(run, u))).as_posix())}\">{html.escape(u.case)}</a></li>" for u in finished)
-    display(HTML(f"<ul>{links}</ul>"))
+    listed = "".join(f"<li><a href=\"{html.escape(Path(os.path.relpath(_payload(run, u))).as_posix())}\">{html.escape(u.case)}</a></li>" for u in finished)
+    if links: display(HTML(f"<ul>{listed}</ul>"))
     if finished and done(run, finished[0])["metrics"]["mb"] < 6:                                   # a report should stay light
         page = _payload(run, finished[0]).read_text(encoding="utf-8")
         display(HTML(f'<iframe srcdoc="{html.escape(page)}" title="{html.escape(finished[0].case)}" style="width:100%;height:640px;border:0" loading="lazy"></iframe>'))

@@ -155,9 +155,9 @@ def chapter_facts(
     exp = next((m[1] for t, k in cells if k == "code" and (m := re.search(r"^#\|\s*default_exp\s+(\S+)", t, re.M))), "")
     return title[1] if title else path.stem, question[1] if question else "", exp, paper_items("\n".join(t for t, _ in cells))
 
-# %% ../../nbs/09_running/08_site.ipynb #ba1c0c92
-_PARTS = {"01_data": "Data", "02_show": "Seeing", "03_metrics": "Measuring", "04_vaes": "VAEs", "05_reconstruction": "Reconstruction", "06_augmentation": "Augmentation", "07_generation": "Generation",
-          "08_evaluation": "Evaluation", "09_running": "Running", "10_tutorials": "By task", "jobs": "Jobs"}
+# %% ../../nbs/09_running/08_site.ipynb #5e216fb3
+_PARTS = {"10_tutorials": "By task", "00_settings.ipynb": "Before", "01_data": "Data", "02_show": "Seeing", "03_metrics": "Measuring", "04_vaes": "VAEs", "05_reconstruction": "Reconstruction", "06_augmentation": "Augmentation", "07_generation": "Generation",
+          "08_evaluation": "Evaluation", "09_running": "Running", "jobs": "Jobs"}
 
 def map_page(
     chapters:dict[str, tuple], # path relative to nbs/ -> `chapter_facts`
@@ -190,7 +190,7 @@ _NO_MATHJAX = "/* MathJax could not be had when this site was built: formulas st
 
 def _toctree(caption, pages): return f"```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n\n" + "\n".join(pages) + "\n```\n"
 
-# %% ../../nbs/09_running/08_site.ipynb #382a65d7
+# %% ../../nbs/09_running/08_site.ipynb #533647ed
 def stage(
     base:Path,   # the checkout
     source:Path, # an empty folder for what Sphinx reads
@@ -208,7 +208,7 @@ def stage(
         _write(source/name, json.dumps(page_notebook(_linked(json.loads((nbs/name).read_text(encoding="utf-8")), base, nbs/name), more.removeprefix("---\n\n"))))
     for module, path in modules.items(): _write(source/f"api/{module}.md", api_page(module, path))
     _write(source/"map.md", map_page(chapters))
-    trees = [_toctree(caption, [n for n in chapters if n.split("/")[0] == folder]) for folder, caption in {"00_settings.ipynb": "Before", **_PARTS}.items() if any(n.split("/")[0] == folder for n in chapters)]
+    trees = [_toctree(caption, [n for n in chapters if n.split("/")[0] == folder]) for folder, caption in _PARTS.items() if any(n.split("/")[0] == folder for n in chapters)]
     trees = [_toctree("Ways in", ["map"])] + trees + [_toctree("Modules", [f"api/{m}" for m in modules])]
     _write(source/"index.ipynb", json.dumps(page_notebook(_linked(json.loads((nbs/"index.ipynb").read_text(encoding="utf-8")), base, nbs/"index.ipynb"), "\n".join(trees))))
     for folder in ("img", "results"):
