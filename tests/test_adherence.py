@@ -6,7 +6,7 @@ from hypothesis import given, settings as hsettings, strategies as st
 from fvae_nb.data.ct import DataError, ct_volume
 from fvae_nb.data.labels import TABLE7
 from fvae_nb.data.samples import ellipsoid_thorax
-from fvae_nb.evaluation.adherence import (TABLE3_GROUPS, WORSE, by_size, group_mask, lesion_adherence, off_target, off_target_rate, organ_adherence,
+from fvae_nb.evaluation.adherence import (TABLE3_GROUPS, WORSE, by_finding, by_size, group_mask, lesion_adherence, off_target, off_target_rate, organ_adherence,
                                           summarise_adherence, threshold_organs, worsen_mask)
 
 ONCE = np.array([[sorted(TABLE7)]], np.uint8)                                          # every id once
@@ -86,6 +86,19 @@ def test_other_lesions_do_not_enter_the_shell():
     second = ((z - 10)*4)**2 + ((y - 16)*3)**2 + ((x - 24)*3)**2 < 100; a = real.array.copy(); a[second] = 30; both = volume(a)
     plain, aware = lesion_adherence(both, ball, both), lesion_adherence(both, ball, both, others=ball | second)
     assert aware["contrast_made"] > plain["contrast_made"] + 20 and aware["contrast_made"] == pytest.approx(880, abs=5)
+
+
+def test_the_wall_beside_a_painted_lesion_is_no_shell():
+    real, ball = scene(hu=-600.); a, organs = real.array.copy(), np.full(real.shape, 30, np.uint16)
+    wall = np.zeros(real.shape, bool); wall[:, :12] = True; a[wall] = 50; organs[wall] = 200
+    faint = volume(a); painted = np.where(ball, 261, organs); plain = lesion_adherence(faint, ball, faint, organs)["contrast_real"]
+    assert plain == pytest.approx(250, abs=5) and lesion_adherence(faint, ball, faint, painted)["contrast_real"] == pytest.approx(plain)
+    assert lesion_adherence(faint, ball, faint)["contrast_real"] < 150                     # without organs the wall counts, and a faint opacity looks weak
+
+
+def test_findings_are_counted_by_kind():
+    rows = [dict(finding=f, ignored=i, share=s, extent=1., offset_mm=math.nan) for f, i, s in (("a", True, .1), ("b", False, .5), ("b", True, .1), ("c", None, math.nan))]
+    b = by_finding(rows); assert [(r["finding"], r["n"], r["n_ignored"]) for r in b] == [("b", 2, 1), ("a", 1, 1)] and b[0]["share"] == pytest.approx(.3) and math.isnan(b[0]["offset_mm"])
 
 
 def test_by_size_sorts_and_counts():

@@ -120,3 +120,23 @@ def test_the_layout_of_a_released_file_is_read():
     with pytest.raises(DenoiserError, match="not of the released layout"): from_released(state | {"lvlb_weights": torch.zeros(1)}, net.config)
     means = {layout["ema"]["prefix"] + f"diffusion_model.{k}".replace(".", ""): 2*v for k, v in to_released(net).items()}
     assert torch.equal(from_released(state | means, net.config, ema=True).unet.conv_in.weight, 2*net.unet.conv_in.weight)
+
+
+def test_text_is_read_once_and_never_stale():
+    "The same text tensor at every step: its keys are kept; another text, or other weights, and they are made anew"
+    import torch
+    from fvae_nb.generation.denoiser import Denoiser, sized
+    torch.manual_seed(0)
+    net = Denoiser(sized("tiny", latent=4, condition=0, text=8)).eval()
+    for p in net.parameters(): p.data.normal_(std=.05)
+    z, t, a, b = torch.randn(1, 4, 3, 8, 8), torch.tensor([500.]), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    def fresh(text): return Denoiser.forward(net, z, t, text=text.clone())
+    with torch.no_grad():
+        first = net(z, t, text=a)
+        assert torch.equal(net(z, t, text=a), first) and torch.equal(first, fresh(a))
+        assert torch.equal(net(z, t, text=b), fresh(b)) and not torch.equal(fresh(b), first)
+        net(z, t, text=a)
+        for p in net.parameters(): p.mul_(1.1)
+        assert torch.equal(net(z, t, text=a), fresh(a)) and not torch.equal(fresh(a), first)
+    net(z, t, text=a).sum().backward()                                    # training never meets what inference kept
+    assert all(m.to_k.weight.grad is not None for m in net.modules() if hasattr(m, "to_k"))

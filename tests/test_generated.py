@@ -205,6 +205,24 @@ def test_job_parameters_are_checked_before_anything_is_written(folders, more, to
     with pytest.raises(ValueError, match=told): job.cases(job_params(folders, **more))
 
 
+def test_job_takes_the_splits_of_a_manifest(folders, tmp_path):
+    from fvae_nb.jobs import evaluate as job
+    from fvae_nb.running.cases import JobError
+    rows = [dict(schema_version=1, id=f"c{n}", patient=f"p{n}", dataset="mine", split="test" if n < 5 else "train", ct=f"{'real' if n < 5 else 'pool'}/c{n}.nii.gz", hu_mode="hu", licence="CC0-1.0", source="drawn") for n in range(8)]
+    (folders / "m.jsonl").write_text("\n".join(map(json.dumps, rows))); m = str(folders / "m.jsonl")
+    found, _ = job.cases(job_params(folders, reference=m, reference_splits=["test"], pool=m, pool_splits=["train"]))
+    assert [c["id"] for c in found] == [*(f"c{n}" for n in range(5)), *(f"pool.c{n}" for n in range(5, 8))]
+    with pytest.raises(JobError, match="no rows of split val"): job.cases(job_params(folders, reference=m, reference_splits=["val"]))
+
+
+def test_job_keeps_what_the_book_shows(folders, tmp_path, monkeypatch):
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache"))
+    run = job.run(job_params(folders, run=str(tmp_path / "run"), limit=3, split="all")); kept = json.loads(job.keep_results(run.folder, tmp_path / "k.json", "what").read_text())
+    assert set(kept["inputs"]["c1"]) == {"real", "made"} and len(kept["inputs"]) == 8 and kept["params_sha256"] == run.params_sha256 and str(tmp_path) not in json.dumps(kept) and str(folders) not in json.dumps(kept)
+    assert "each" not in kept["table2"][0]["scores"]["i2i"] and {"real scans, the ceiling", "made"} == {r["method"] for r in kept["table3"]}
+
+
 def test_job_pool_and_prompts_are_checked(folders, tmp_path):
     from fvae_nb.jobs import evaluate as job
     from fvae_nb.running.cases import JobError

@@ -209,3 +209,29 @@ def test_memory_is_flat_beyond_input_and_output(tmp_path):
     grown, volume = peaks[129][0] - peaks[33][0], peaks[129][1] - peaks[33][1]
     print(f"{grown/1e6:.0f} MB more for {volume/1e6:.0f} MB more of float32 volume")
     assert grown < 2.5*volume + 20e6            # the scan, its masks (a quarter each), the latents: 48 + 4 x 16 channels at 1/256 of the voxels
+
+
+def test_the_packaged_generator_draws_what_the_masks_say(tiny):
+    "A healthy chest and two nodules: HU where the masks say, the same file whoever asks, small enough to ship"
+    from pathlib import Path
+    import fvae_nb
+    from fvae_nb.data.phantom import thorax_phantom
+    from fvae_nb.generation.conditions import code_hash
+    from fvae_nb.generation.sampling import group_hu, lesion_contrast, move_lesion
+    assert (Path(fvae_nb.__file__).parent / "_data/weights/generator.safetensors").stat().st_size < 20e6
+    generator = find_generator("tiny")
+    assert generator.config["mask_code_sha256"] == code_hash("lattice") and generator.config["data"]["synthetic"] and generator.vae == "tiny"
+    ph = thorax_phantom((17, 128, 128), (10., 3., 3.), seed=5, noise=False)
+    lung = np.isin(ph.mask.array, range(28, 33))
+    z, y, x = (n*s for n, s in zip(np.ogrid[:17, :128, :128], ph.mask.spacing))
+    at = np.argwhere(lung & (np.indices(lung.shape)[2] < 50)).mean(0)*ph.mask.spacing
+    first = ((z - at[0])**2 + (y - at[1])**2 + (x - at[2])**2 < 15**2) & lung
+    second = move_lesion(first, lung, ph.mask.spacing)
+    assert first.sum() > 50 and second.sum() > 50 and not (first & second).any()
+    drawn = [sample(generator, tiny, ph.mask, ph.mask.with_array(np.where(m, 261, 0).astype(np.uint16)), config=SamplingConfig(steps=6), case="x").array for m in (first, second)]
+    hu = group_hu(drawn[0], np.where(first, 261, ph.mask.array))
+    assert hu["lung"] < -650 and -150 < hu["heart"] < 200 and hu["rib"] > 50 and hu["vertebra"] > 50 and hu["air"] < -950, hu
+    host = lung & ~first & ~second
+    c = [[lesion_contrast(d, m, host, ph.mask.spacing) for m in (first, second)] for d in drawn]
+    print("contrast at the first and second place, asked for at the first, then at the second:", c)
+    assert min(c[0][0], c[1][1]) > 150 and max(c[0][1], c[1][0]) < 100

@@ -117,11 +117,17 @@ def show_adherence(
             picture, aspect = take_plane(over, plane); ax.imshow(mask_colours(picture, .45), aspect=aspect, interpolation="nearest")
     fig.suptitle(f"{'SYNTHETIC. ' if ct.synthetic else ''}{title} ({', '.join(groups)}; -1000 to 1000 HU)", fontsize=9); plt.show()
 
-# %% ../../nbs/08_evaluation/05_adherence.ipynb #a538afa5
+# %% ../../nbs/08_evaluation/05_adherence.ipynb #38ee7f96
 def _around(mask, spacing, margin_mm):
     "A box about a mask, with a margin"
     where = np.argwhere(mask); reach = np.ceil(margin_mm/np.array(spacing)).astype(int)
     return tuple(slice(max(int(a) - r, 0), int(b) + r + 1) for a, b, r in zip(where.min(0), where.max(0), reach))
+
+def _in_lung(organs, mask, away):
+    "Whether a lesion lies in the lung: by what is under it or, where it is painted over the organs, by what is around it"
+    under = organs[mask]
+    if (under > 200).mean() > .5: under = organs[(away > 0) & (away <= 6) & (organs <= 200)]
+    return under.size > 0 and np.isin(under, (*LUNG, VESSEL, AIRWAY)).mean() > .3
 
 def _contrast(hu, mask, shell): return float(hu[mask].mean() - hu[shell].mean()) if mask.any() and shell.any() else math.nan
 
@@ -140,7 +146,7 @@ def lesion_adherence(
     if real is not None: check_same_grid(real, made)
     box = _around(mask, made.spacing, 30); m, hu = mask[box], made.array[box]
     away = distance_transform_edt(~m, sampling=made.spacing)
-    lung = np.isin(organs[box], (*LUNG, VESSEL, AIRWAY)) | m if organs is not None and np.isin(organs[mask], (*LUNG, VESSEL, AIRWAY)).mean() > .3 else np.ones(m.shape, bool)
+    lung = np.isin(organs[box], (*LUNG, VESSEL, AIRWAY)) | m if organs is not None and _in_lung(organs[box], m, away) else np.ones(m.shape, bool)
     other = others[box] & ~m if others is not None else np.zeros(m.shape, bool)
     shell = (away > 3) & (away <= 12) & lung & ~other
     if shell.sum() < 8: shell = (away > 0) & (away <= 20) & ~other

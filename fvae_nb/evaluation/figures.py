@@ -78,7 +78,7 @@ def show_targets(
         ids |= set(_overlay(column[1], disease, "axial", k))
     _legend(fig, sorted(ids)); fig.suptitle(f"{'SYNTHETIC. ' if made.synthetic else ''}{title}\n{window_label(window)}", fontsize=9); plt.show()
 
-# %% ../../nbs/08_evaluation/09_figures.ipynb #9bd35861
+# %% ../../nbs/08_evaluation/09_figures.ipynb #ef5a9de4
 WORDS = { # disease -> how reports speak of it
     250: r"atelecta\w+|consolidat\w+", 251: r"bronchial wall thicken\w+|peribronchial thicken\w+", 252: r"bronchiecta\w+", 253: r"emphysem\w+", 254: r"ground[- ]?glass\w*(?: opacit\w+)?", 255: r"honeycomb\w+",
     256: r"linear \w+|fibro\w+|sequela\w*", 257: r"micronodul\w+", 259: r"(?:pleural )?effusions?|pleural thicken\w+", 260: r"pneumothora\w+", 261: r"nodul\w+|mass(?:es)?\b", 262: r"(?:interlobular )?septal thicken\w+"}
@@ -116,7 +116,7 @@ def _write(ax, pieces, size=9):
             t = ax.text(x, y, word, fontsize=size, color="k" if i is None else COLOURS[i], weight="normal" if i is None else "bold", transform=ax.transAxes, path_effects=None if i is None else [withStroke(linewidth=.6, foreground="k")])
             w = t.get_window_extent(r).width/box.width
             if x + w > 1 and x > 0: x, y = 0., y - line; t.set_position((x, y))
-            x += w
+            x += w + (0 if i is None else size*.12*fig.dpi/72/box.width)
 
 # %% ../../nbs/08_evaluation/09_figures.ipynb #729c918c
 def show_report_slices(

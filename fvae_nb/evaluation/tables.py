@@ -126,7 +126,7 @@ def write_table(
         out.append(path.with_name(path.name + end)); out[-1].write_text(f(table), encoding="utf-8")
     return out
 
-# %% ../../nbs/08_evaluation/08_tables.ipynb #0e0838f5
+# %% ../../nbs/08_evaluation/08_tables.ipynb #07bb9218
 def table1(
     ours:dict[str, dict],            # VAE -> {'lung' or 'pancreas': {metric: {mean, sd, n}}}; metrics psnr, ssim, mse
     sources:dict[str, dict]|None=None, # VAE -> provenance of its run
@@ -163,6 +163,7 @@ def table2(
         if "i2i_other_case" in s.get("real", {}):
             r = s["real"]; rows.append((o["split"], "real scans of other cases", *[Cell(None)]*5, at(r["i2i_other_case"], "i2i_other_case"), at(r.get("t2i_other_prompt"), "t2i_other_prompt"), *[Cell(None)]*3))
             if "t2i" in r: rows.append((o["split"], "real scans, own prompt", *[Cell(None)]*5, Cell(100., "100", s["n"], {**src, "metric": "identity"}), at(r["t2i"], "real t2i"), *[Cell(None)]*3))
+    rows = list({tuple(map(str, r)) if r[1].startswith(("floor", "real scans")) else k: r for k, r in reversed(list(enumerate(rows)))}.values())[::-1]   # what several sets share stands once
     names = sorted({o["features"] for o in ours if o.get("features")})
     notes = ["Italics: the paper's figures, n = 30 normal and 50 disease volumes, without floors."] + [f"Features of our rows: {n}." for n in names] + [o["note"] for o in ours if o.get("note")]
     if paper: rows += [(split, method, *(paper_cell(v, "Table 2", 4 if k == 0 else 0 if k > 7 else 2) for k, v in enumerate(values))) for (split, method), values in TABLE2.items() if split in {o["split"] for o in ours} or not ours or "all" in {o["split"] for o in ours}]

@@ -91,15 +91,26 @@ class SliceConv(nn.Module):
         w = self.weight[..., 1]
         return F.conv2d(x, w[..., None, None], self.bias, groups=1 if w.shape[1] > 1 else len(w))
 
-# %% ../../nbs/07_generation/03_denoiser.ipynb #6bb69063
+# %% ../../nbs/07_generation/03_denoiser.ipynb #ba37c114
 class _VolumeAttention:
     "Attention whose text belongs to a volume, while its queries come from the frames"
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **ignored):
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         B, shape = text.shape[0], hidden_states.shape
         q = attn.to_q(hidden_states).view(B, -1, attn.heads, shape[-1] // attn.heads).transpose(1, 2)
-        k, v = (f(text).view(B, -1, attn.heads, shape[-1] // attn.heads).transpose(1, 2) for f in (attn.to_k, attn.to_v))
+        k, v = self._keys(attn, text) if encoder_hidden_states is not None and not torch.is_grad_enabled() else _split(attn, text)
         return attn.to_out[0](_attend(q, k, v).transpose(1, 2).reshape(shape))
+
+    def _keys(self, attn, text):
+        "Keys and values of a text that comes again at every step: made once, as long as text and weights are the same"
+        mark = [(w.data_ptr(), w._version) for w in (attn.to_k.weight, attn.to_v.weight)]
+        held = attn.__dict__.get("held")
+        if held is None or held[0] is not text or held[1] != mark: held = attn.__dict__["held"] = (text, mark, _split(attn, text))
+        return held[2]
+
+def _split(attn, text):
+    "Keys and values by head"
+    return [f(text).view(len(text), -1, attn.heads, f.out_features // attn.heads).transpose(1, 2) for f in (attn.to_k, attn.to_v)]
 
 def _attend(q, k, v):
     "Scaled dot products; in training on a CPU written out, as the fused kernel's way back is several times slower there"

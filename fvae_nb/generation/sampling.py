@@ -238,7 +238,7 @@ def _matched(task):
         out[filled:b] = task.decode(z, b - a)[filled - a:]; filled = b
     return out
 
-# %% ../../nbs/07_generation/06_sampling.ipynb #62e1120e
+# %% ../../nbs/07_generation/06_sampling.ipynb #70f6c39a
 def _checked(generator, vae, organs, disease, config):
     "Does everything fit together? One clear error where it does not"
     if vae.spec.name != generator.vae: raise SamplingError(f"this generator was trained in the latent space of {generator.vae!r}, got the VAE {vae.spec.name!r}: load that one")
@@ -258,6 +258,12 @@ def _length(config, generator, frames):
     if frames <= config.longest: return "whole"
     return "matched" if generator.mode == "released" else "fused"
 
+def _windows(length, slices, frames, config):
+    "How many windows are drawn, or asked at each step"
+    if length == "matched": return len(matched_windows(slices))
+    if length == "released": return sum(len(released_windows(slices, first)) for first in ((0, SHIFT) if slices >= SLICES + SHIFT else (0,)))
+    return len(window_starts(frames, config.window, config.overlap)) if length == "fused" else 1
+
 def _room(labels, generator, vae, need):
     "A map the network can take: a short one is drawn longer, a plane that does not halve often enough gets air on two sides; both are cut off afterwards"
     half = 2**(len(generator.model.config.channels) - 1)
@@ -274,15 +280,16 @@ def sample(
     text:torch.Tensor|None=None,       # (n, d) token states; None: no text
     config:SamplingConfig=SamplingConfig(), # how
     case:str="",                       # id; names the noise
-    tell:Callable[[int], None]=lambda calls: None, # called with the network calls made
+    tell:Callable[[int,int], None]=lambda calls, total: None, # called with the network calls made, and how many there will be
 ) -> CTVolume: # HU on the masks' grid, marked SYNTHETIC
     "Draw a scan from masks and text (paper, section 3). Not for clinical use"
     _checked(generator, vae, organs, disease, config)
     n, rows, columns = organs.shape
     need = SLICES if config.length in ("released", "matched") else max(vae.spec.first + 1, 2*vae.spec.strides[0])
-    task = _Task(generator, vae, config, _room(organs.array, generator, vae, need), None if disease is None else _room(disease.array, generator, vae, need), generator.enter_text(text), case or organs.name, tell)
+    task = _Task(generator, vae, config, _room(organs.array, generator, vae, need), None if disease is None else _room(disease.array, generator, vae, need), generator.enter_text(text), case or organs.name, lambda calls: tell(calls, total))
     task.text = task.text.to(task.device)
-    length = _length(config, generator, task.grid(len(task.organs))[2])
+    frames = task.grid(len(task.organs))[2]; length = _length(config, generator, frames)
+    total = len(task.scheduler().timesteps) * _windows(length, len(task.organs), frames, config)
     if length == "released": hu = _released(task)
     elif length == "matched": hu = _matched(task)
     else:

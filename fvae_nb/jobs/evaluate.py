@@ -11,7 +11,7 @@ from ..running.cases import JobError, Run, check_ids, done, fingerprint, sha256_
 from ..running.jobs import JobParams, Place, all_settled, do_units, place
 
 # %% auto #0
-__all__ = ['PHANTOMS', 'Params', 'made_sets', 'cases', 'run', 'results', 'keep_results', 'show_run']
+__all__ = ['PHANTOMS', 'Params', 'made_sets', 'cases', 'run', 'results', 'keep_results', 'keep_picture', 'show_run']
 
 # %% ../../nbs/jobs/evaluate.ipynb #e7cffd36
 PHANTOMS = ("phantom:same", "phantom:blur", "phantom:other")
@@ -250,7 +250,7 @@ def run(
     if all_settled(out) and any(done(out, u) for u in out.units): results(out.folder)
     return out
 
-# %% ../../nbs/jobs/evaluate.ipynb #b81958d7
+# %% ../../nbs/jobs/evaluate.ipynb #b5825a0a
 def _gather(run, name):
     "Features, facts and prompts of a set's finished units: pairs, pool"
     import numpy as np
@@ -326,6 +326,29 @@ def keep_results(
         drawn = Run(generator); side = next(s for u in drawn.units if (s := done(drawn, u)))
         kept["generator"] = dict(params={k: v for k, v in drawn.params.items() if k not in ("masks", "prompts", "run", "generator")}, params_sha256=drawn.params_sha256, weights_sha256=side["identity"]["generator"], vae_sha256=side["identity"]["weights"], masks={c["id"]: [c["sha256"], *(c.get("others") or [])] for c in drawn.sources.values()})
     write_atomic(Path(path), json.dumps(short(_finite(kept | out)), separators=(",", ":")).encode())
+    return Path(path)
+
+def keep_picture(
+    folder:str|Path, # of a run
+    path:str|Path,   # nbs/results/NAME.webp
+    name:str,        # a set
+    cases:list[str], # one row each
+) -> Path:
+    "Cases in axial slices through their largest lesion: real, generated, what was asked for, what was found in the generated one"
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from fvae_nb.data.labels import DISEASE_OFFSET
+    from fvae_nb.show.slices import show_slice
+    run = Run(folder); params = Params(**{k: v for k, v in run.params.items() if k != "job"})
+    fig, axes = plt.subplots(len(cases), 4, figsize=(9.6, 2.5*len(cases)), dpi=72, layout="constrained", squeeze=False)
+    for row, case in zip(axes, cases):
+        source = run.sources[case]; real, prompt, phantom = _scan(params, source); made = _made(params, source, name, real, phantom)
+        wanted = _mask(params, source, name, made, phantom); found, _ = _segmented(params, params.segmentations, source, name, made)
+        ill = wanted.array > DISEASE_OFFSET + 100; k = int(ill.sum((1, 2)).argmax()) if ill.any() else len(ill)//2
+        maps = [made.with_array(np.select([m.array > DISEASE_OFFSET + 100, np.isin(m.array, range(28, 33)), m.array == 133, np.isin(m.array, range(63, 87)), m.array == 115], [261, 28, 133, 70, 115], 0).astype(np.uint16)) for m in (wanted, found)]
+        for ax, ct, title, over in zip(row, (real, made, made, made), (f"drawn {case}", f"{name}", "asked for", "found by thresholds"), (None, None, *maps)): show_slice(ct, k, "axial", "vae", ax, title, over)
+    fig.suptitle(f"SYNTHETIC: drawn patients and what {name} made of their masks (-1000 to 1000 HU)", fontsize=9)
+    fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {}); plt.close(fig)
     return Path(path)
 
 def _finite(x):

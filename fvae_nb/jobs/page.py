@@ -155,7 +155,7 @@ def _reconstructed(params, source, vae_of):
     first = "drawn" if ct.synthetic else "real"
     return {first: ct} | backs, mask, names, title, dict(error_against=first if backs else None, error=params.error), {f"psnr_{n}": v for n, v in scores.items()}
 
-# %% ../../nbs/jobs/page.ipynb #ce512dd8
+# %% ../../nbs/jobs/page.ipynb #03b7a7b6
 def _generated(params, source):
     "Mask, generated and, where a manifest names it, the real scan on the generated one's grid"
     from fvae_nb.data.ct import read_ct, read_mask
@@ -175,7 +175,7 @@ def _page(params, volumes, mask, **more):
     from fvae_nb.show.page import viewer_html
     first = next(iter(volumes.values()))
     block = max(1, -(-max(first.shape[1:])//params.size))
-    panels = len(volumes)*(2 if more.get("error_against") else 1)
+    panels = len(volumes)*2 - 1 if more.get("error_against") else len(volumes)
     every = params.every or max(1, math.ceil(.7e-6*panels*first.array.size/block**2/params.max_mb))      # 0.7 byte a voxel, measured
     while True:
         text = viewer_html(volumes, mask, params.windows, every, params.size, **more)

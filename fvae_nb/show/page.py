@@ -277,9 +277,9 @@ function fit() { try { if (window.frameElement) window.frameElement.style.height
 })();
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #0afbf025
+# %% ../../nbs/02_show/02_page.ipynb #c47ca27d
 _STYLE = """:root{color-scheme:light dark;font:15px/1.4 system-ui,sans-serif}body{margin:0;padding:.5rem .6rem;background:Canvas;color:CanvasText}h1{font-size:1.05rem;margin:0}p{margin:.15rem 0 .5rem}
-.small,footer{font-size:.8rem;opacity:.8}.synthetic{background:#f0e442;color:#000;padding:0 .3em;border-radius:.2em;font-weight:700}
+.small,footer{font-size:.8rem;opacity:.8}.synthetic{background:#f0e442;color:#000;padding:0 .3em;border-radius:.2em;font-weight:700;white-space:nowrap;align-self:flex-start}
 #panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,14rem),1fr));gap:.6rem}figure{margin:0;max-width:30rem}figcaption{min-height:1.4em;font-size:.9rem;display:flex;gap:.6em;overflow-wrap:anywhere}
 figcaption output{margin-left:auto;white-space:nowrap;font-variant-numeric:tabular-nums}.stack{position:relative;background:#000;line-height:0}.picture{width:100%;display:block}.lines{position:absolute;inset:0;width:100%;height:100%;cursor:crosshair;touch-action:pan-y}.lens .lines{touch-action:none}
 .bar{display:flex;flex-wrap:wrap;gap:.3rem .5rem;align-items:center;margin:.5rem 0}.bar input[type=range]{flex:1 1 10rem;min-width:8rem;accent-color:#0072b2}
