@@ -1291,6 +1291,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fvae_nb.jobs.generate._prompts': ('jobs/generate.html#_prompts', 'fvae_nb/jobs/generate.py'),
                                        'fvae_nb.jobs.generate._row_maps': ('jobs/generate.html#_row_maps', 'fvae_nb/jobs/generate.py'),
                                        'fvae_nb.jobs.generate._slug': ('jobs/generate.html#_slug', 'fvae_nb/jobs/generate.py'),
+                                       'fvae_nb.jobs.generate._tell': ('jobs/generate.html#_tell', 'fvae_nb/jobs/generate.py'),
                                        'fvae_nb.jobs.generate.cases': ('jobs/generate.html#cases', 'fvae_nb/jobs/generate.py'),
                                        'fvae_nb.jobs.generate.run': ('jobs/generate.html#run', 'fvae_nb/jobs/generate.py'),
                                        'fvae_nb.jobs.generate.show_run': ('jobs/generate.html#show_run', 'fvae_nb/jobs/generate.py')},

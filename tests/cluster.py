@@ -141,28 +141,34 @@ class Cluster:
             if words.startswith("slurmstepd") and str(self.run).encode() in env + words.encode(): out.append(int(p.name))
         return out
 
-    def lose(self, node):
-        "A node dies: its daemon, the step daemons on it and all they started"
+    def family(self, pid):
+        "A process and all that it started"
         kids = {}
         for p in Path("/proc").glob("[0-9]*"):
             try: kids.setdefault(int((p / "stat").read_text().rsplit(")", 1)[1].split()[1]), []).append(int(p.name))
             except OSError: continue
-        def family(pid): return [pid, *(x for k in kids.get(pid, ()) for x in family(k))]
-        mine = [s for s in self.on(node) for s in family(s)]
+        def walk(pid): return [pid, *(x for k in kids.get(pid, ()) for x in walk(k))]
+        return walk(pid)
+
+    def on(self, node):
+        "Every process of the step daemons that work for one node; a task's environment says which"
+        out, mark = [], f"SLURMD_NODENAME={node}".encode()
+        for step in self.steps():
+            all_ = self.family(step)
+            for pid in all_:
+                try: found = mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                except OSError: continue
+                if found: out += all_; break
+        return out
+
+    def lose(self, node):
+        "A node dies: its daemon, the step daemons on it and all they started"
+        mine = self.on(node)
+        assert mine, f"nothing runs on {node}"
         self.kill(node)
         for pid in mine:
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
-
-    def on(self, node):
-        "Step daemons that were started by one node's daemon"
-        out = []
-        for pid in self.steps():
-            try: env = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError: continue
-            parent = self.processes[node].pid
-            if int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) == parent or f"SLURMD_NODENAME={node}".encode() in env: out.append(pid)
-        return out
 
     def stop(self):
         if "slurmctld" in self.processes:

@@ -132,6 +132,14 @@ def test_fused_windows_are_one_pass_for_a_network_without_slices(tiny):
     assert np.abs(whole - fused).max() < .5
 
 
+@pytest.mark.parametrize("length,sampler", [("whole", "dpm"), ("fused", "flow"), ("matched", "flow"), ("released", "unipc"), ("auto", "flow")])
+def test_how_many_calls_are_left_is_known(tiny, length, sampler):
+    for n in (9, 66, 130):
+        told = []
+        sample(_generator(Oracle()), tiny, _masks(n), config=SamplingConfig(steps=3, length=length, sampler=sampler, window=9, overlap=4), tell=lambda *a: told.append(a))
+        assert [c for c, _ in told] == list(range(1, len(told) + 1)) and {total for _, total in told} == {len(told)}
+
+
 def test_network_is_asked_in_pieces_and_decoding_streams(tiny):
     oracle = Oracle()
     decoded = []

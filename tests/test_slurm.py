@@ -1,6 +1,7 @@
 "Submitting to a real Slurm: two nodes on loopback. What is only text is tested everywhere."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,8 +109,10 @@ def test_a_node_is_lost_in_the_middle(cluster, here):
         assert set(cluster.wait(first, 240).values()) == {"COMPLETED"}, slurm.queue(here / "a")
         assert set(cluster.wait(second, 120).values()) == {"COMPLETED"}
     finally: cluster.node("n1"); assert eventually(lambda: cluster.states().get("n1") == "idle", 60), cluster.words()
-    restarts = cluster.ask("scontrol", "show", "job", first)
-    assert "Restarts=1" in restarts
+    again = [int(x) for x in re.findall(r"Restarts=(\d+)", cluster.ask("scontrol", "show", "job", first))]
+    assert sorted(again)[-1] == 1 and 0 in again, again                           # those of n1 began anew, those of n2 did not
+    ends = [json.loads(p.read_text()).get("end") for p in (here / "a").glob("shards/*/attempt-*/attempt.json")]
+    assert None in ends                                                           # an attempt that was cut off without a word
     for run in ("a", "b"): s = status(here / run); assert s["total"] and s["done"] == s["total"]
     quiet = subprocess.run([*FVAE, "run", "reconstruct", "-p", given[0], "-p", given[1], "--run", str(here / "c")], capture_output=True, text=True)
     assert quiet.returncode == 0 and tree(here / "c") == tree(here / "a")

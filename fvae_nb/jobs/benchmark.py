@@ -109,7 +109,7 @@ def wan22(params):
     "WAN2.2 at its own width"
     return _wan("wan2.2", {"smoke": [(5, 32, 32)], "cpu": [(5, 64, 64), (1, 64, 64)], "gpu": [(33, 512, 512)]}[params.size], params)
 
-# %% ../../nbs/jobs/benchmark.ipynb #30326a9f
+# %% ../../nbs/jobs/benchmark.ipynb #5096fc17
 _CHILD = """
 import sys, numpy as np, torch
 torch.set_num_threads(int(sys.argv[3]))
@@ -118,7 +118,8 @@ from fvae_nb.reconstruction.operator import reconstruct
 from fvae_nb.vaes.interface import load_vae
 vae, n, side = load_vae(sys.argv[4]), int(sys.argv[1]), int(sys.argv[2])
 reconstruct(ct_volume(np.zeros((5, side, side), np.float32) + np.arange(side, dtype=np.float32)), vae)
-ct = ct_volume(np.random.default_rng(0).normal(0, 300, (n, side, side)).astype(np.float32))
+noise = np.random.default_rng(0).standard_normal((n, side, side), np.float32); noise *= 300
+ct = ct_volume(noise)
 reconstruct(ct, vae)
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))*1024 - 2*ct.array.nbytes)
 """
@@ -134,13 +135,16 @@ def memory(params):
     return [dict(name=f"operator (tiny), peak memory, {long} against {short} slices of {side} x {side}", peak_mb={k: v/2**20 for k, v in peaks.items()}, ratio=dict(median=peaks[long]/peaks[short]))]
 
 _DRAWS = """
-import sys, torch
+import sys, numpy as np, torch
 torch.set_num_threads(int(sys.argv[2]))
-from fvae_nb.data.phantom import thorax_phantom
+from fvae_nb.data.ct import ct_volume
 from fvae_nb.generation.sampling import SamplingConfig, find_generator, sample
 from fvae_nb.vaes.interface import load_vae
 n, generator, vae = int(sys.argv[1]), find_generator("tiny-random"), load_vae("tiny")
-def draw(n): sample(generator, vae, thorax_phantom((n, 64, 64), (300./n, 5.6, 5.6), seed=0, noise=False).mask, config=SamplingConfig(steps=1, length="fused"))
+def labels(n):
+    body = np.full((n, 64, 64), 200, np.uint16); body[:, 16:48, 8:28], body[:, 16:48, 36:56] = 28, 30
+    return ct_volume(body)
+def draw(n): sample(generator, vae, labels(n), config=SamplingConfig(steps=1, length="fused"))
 draw(33); draw(n)
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))*1024 - 3*n*64*64*4)
 """

@@ -250,7 +250,7 @@ def run(
     if all_settled(out) and any(done(out, u) for u in out.units): results(out.folder)
     return out
 
-# %% ../../nbs/jobs/evaluate.ipynb #b5825a0a
+# %% ../../nbs/jobs/evaluate.ipynb #cc425b3f
 def _gather(run, name):
     "Features, facts and prompts of a set's finished units: pairs, pool"
     import numpy as np
@@ -337,8 +337,8 @@ def keep_picture(
     "Cases in axial slices through their largest lesion: real, generated, what was asked for, what was found in the generated one"
     import matplotlib.pyplot as plt
     import numpy as np
-    from fvae_nb.data.labels import DISEASE_OFFSET
-    from fvae_nb.show.slices import show_slice
+    from fvae_nb.data.labels import DISEASE_OFFSET, mask_colours
+    from fvae_nb.show.slices import show_slice, take_plane
     run = Run(folder); params = Params(**{k: v for k, v in run.params.items() if k != "job"})
     fig, axes = plt.subplots(len(cases), 4, figsize=(9.6, 2.5*len(cases)), dpi=72, layout="constrained", squeeze=False)
     for row, case in zip(axes, cases):
@@ -346,7 +346,9 @@ def keep_picture(
         wanted = _mask(params, source, name, made, phantom); found, _ = _segmented(params, params.segmentations, source, name, made)
         ill = wanted.array > DISEASE_OFFSET + 100; k = int(ill.sum((1, 2)).argmax()) if ill.any() else len(ill)//2
         maps = [made.with_array(np.select([m.array > DISEASE_OFFSET + 100, np.isin(m.array, range(28, 33)), m.array == 133, np.isin(m.array, range(63, 87)), m.array == 115], [261, 28, 133, 70, 115], 0).astype(np.uint16)) for m in (wanted, found)]
-        for ax, ct, title, over in zip(row, (real, made, made, made), (f"drawn {case}", f"{name}", "asked for", "found by thresholds"), (None, None, *maps)): show_slice(ct, k, "axial", "vae", ax, title, over)
+        for ax, ct, title, over in zip(row, (real, made, made, made), (f"drawn {case}", f"{name}", "asked for", "found by thresholds"), (None, None, *maps)): 
+            show_slice(ct, k, "axial", "vae", ax, title)
+            if over is not None: picture, aspect = take_plane(over, "axial", k); ax.imshow(mask_colours(picture, .5), aspect=aspect, interpolation="nearest")
     fig.suptitle(f"SYNTHETIC: drawn patients and what {name} made of their masks (-1000 to 1000 HU)", fontsize=9)
     fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {}); plt.close(fig)
     return Path(path)

@@ -139,7 +139,7 @@ def _fitted(volume, generator, vae):
     plane = tuple(n*s for n, s in zip(trained[-2:], vae.spec.strides[1:]))
     return volume if volume.shape[1:] == plane else resize(volume, (volume.shape[0], *plane))
 
-# %% ../../nbs/jobs/generate.ipynb #78f1e3ac
+# %% ../../nbs/jobs/generate.ipynb #99f06a33
 def _ours(params, device):
     "How our generators, and the authors', draw a case: (draw, bring a mask to size, what the records call it)"
     from fvae_nb.generation.conditions import load_text_encoder
@@ -148,7 +148,7 @@ def _ours(params, device):
     config = SamplingConfig(window=params.frames, **{k: getattr(params, k) for k in ("sampler", "steps", "eta", "guidance", "length", "overlap", "longest", "released_times", "seed")})
     generator = find_generator(params.generator, device); vae = load_vae(generator.vae, device=device)
     text = load_text_encoder(generator.text_encoder, None, generator.tokens, device) if params.text == "auto" and generator.text_encoder else None
-    def draw(organs, disease, prompt, case): return sample(generator, vae, organs, disease, text(prompt)[0] if text else None, config, case)
+    def draw(organs, disease, prompt, case): return sample(generator, vae, organs, disease, text(prompt)[0] if text else None, config, case, _tell(15.))
     return draw, lambda v: _fitted(v, generator, vae) if params.fit else v, {"generator": weights_hash(generator), "weights": vae.weights}
 
 def _maisi(params, device):
@@ -158,7 +158,7 @@ def _maisi(params, device):
     def draw(organs, disease, prompt, case): return by_maisi(maisi, organs, disease, case, params.seed, params.maisi_steps, guidance=params.guidance, nodules_as_tumor=params.nodules_as_tumor)
     return draw, lambda v: v, {"generator": maisi.weights, "weights": ""}
 
-# %% ../../nbs/jobs/generate.ipynb #b7fec0c5
+# %% ../../nbs/jobs/generate.ipynb #d95e5584
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder
@@ -182,6 +182,18 @@ def run(
     return do_units("generate", params, do, _payload, identity, _check)[0]
 
 def _payload(run, unit): return run.payload(unit, suffix="_SYNTHETIC.nii.gz")
+
+def _tell(every):
+    "A long scan says where it is, every so many seconds"
+    from fvae_nb.running.jobs import announce
+    import os, time
+    say = announce(Path(os.environ["FVAE_ATTEMPT"])) if "FVAE_ATTEMPT" in os.environ else lambda **e: None
+    began = last = time.time()
+    def tell(calls, total):
+        nonlocal last
+        if (now := time.time()) - last < every: return
+        last = now; say(event="step", n=calls, total=total, left=round((now - began)/calls*(total - calls)))
+    return tell
 
 def _check(part):
     "A written volume can be read to its end, and says what it is"
