@@ -1756,6 +1756,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'fvae_nb/running/report.py'),
                                         'fvae_nb.running.report.metrics_csv': ( '09_running/report.html#metrics_csv',
                                                                                 'fvae_nb/running/report.py'),
+                                        'fvae_nb.running.report.pipeline_report': ( '09_running/report.html#pipeline_report',
+                                                                                    'fvae_nb/running/report.py'),
                                         'fvae_nb.running.report.read_sidecars': ( '09_running/report.html#read_sidecars',
                                                                                   'fvae_nb/running/report.py'),
                                         'fvae_nb.running.report.report_page': ( '09_running/report.html#report_page',

@@ -191,3 +191,13 @@ def test_another_table_of_mask_colours_is_noticed(cohort, tmp_path, monkeypatch)
     known, _ = train_denoiser.read_cases(params)
     with pytest.raises(TrainingError, match="another table of mask colours"):
         train(Denoiser(generator.model.config), known, [], tmp_path / "train/checkpoints", TrainingConfig(**generator.config["training"]).model_copy(update=dict(steps=2)), train_denoiser.facts_of(known) | dict(mask_code_sha256="0"*64))
+
+
+def test_a_long_scan_says_where_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FVAE_ATTEMPT", str(tmp_path))
+    tell = generate._tell(0.)
+    for n in (1, 2): tell(n, 4)
+    assert "step 1/4" in (said := capsys.readouterr().out) and "step 2/4" in said
+    assert [json.loads(line)["n"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [1, 2]
+    silent = generate._tell(60.); silent(3, 4)
+    assert capsys.readouterr().out == ""

@@ -208,7 +208,7 @@ def test_job_parameters_are_checked_before_anything_is_written(folders, more, to
 def test_job_takes_the_splits_of_a_manifest(folders, tmp_path):
     from fvae_nb.jobs import evaluate as job
     from fvae_nb.running.cases import JobError
-    rows = [dict(schema_version=1, id=f"c{n}", patient=f"p{n}", dataset="mine", split="test" if n < 5 else "train", ct=f"{'real' if n < 5 else 'pool'}/c{n}.nii.gz", hu_mode="hu", licence="CC0-1.0", source="drawn") for n in range(8)]
+    rows = [dict(schema_version=1, id=f"c{n}", patient=f"p{n}", dataset="other", split="test" if n < 5 else "train", ct=f"{'real' if n < 5 else 'pool'}/c{n}.nii.gz", hu_mode="hu", licence="CC0-1.0", source="drawn") for n in range(8)]
     (folders / "m.jsonl").write_text("\n".join(map(json.dumps, rows))); m = str(folders / "m.jsonl")
     found, _ = job.cases(job_params(folders, reference=m, reference_splits=["test"], pool=m, pool_splits=["train"]))
     assert [c["id"] for c in found] == [*(f"c{n}" for n in range(5)), *(f"pool.c{n}" for n in range(5, 8))]

@@ -114,7 +114,7 @@ def facts_of(
     made = sum(bool(c.meta.get("synthetic")) for c in cases)
     return out | dict(latent_shape=list(cases[0].ct.shape), data=dict(cases=len({c.case for c in cases}), synthetic=made == len(cases), note=f"{made} of {len(cases)} examples come from drawn, SYNTHETIC scans. Not for clinical use"))
 
-# %% ../../nbs/jobs/train_denoiser.ipynb #0c37c844
+# %% ../../nbs/jobs/train_denoiser.ipynb #d8e8004c
 def _ready(params, device):
     "Network, cases, held-out cases, facts: what every process of a training begins with"
     import torch
@@ -148,7 +148,7 @@ def run(
         found = newest_checkpoint(run.folder/"checkpoints")
         if params.processes > 1 and (found is None or json.loads((found/"config.json").read_text())["step"] < params.steps):
             together("train_denoiser", params.model_copy(update={"device": str(device).split(":")[0]}), run.folder, params.processes)
-        curve = train(net, known, held, run.folder/"checkpoints", training_config(params), facts, _tell(), _sampler(run, held[0], params) if params.sample_steps else None, device)
+        curve = train(net, known, held, run.folder/"checkpoints", training_config(params), facts, _tell(), _sampler(run, (held or known)[0], params) if params.sample_steps else None, device)
         pack_generator(load_generator(run.folder/"checkpoints"), part)
         last = curve[-1]
         return {"loss": round(last["loss"], 5), "held": round(last.get("held", float("nan")), 5), "steps": params.steps, "cases": len(known), "parameters": sum(p.numel() for p in net.parameters()), "curve": curve}

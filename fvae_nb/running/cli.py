@@ -155,12 +155,13 @@ def _show_queue(run, as_json):
     except FVAEError as error: print(f"  queue: {error}"); return
     for r in rows: print(f"  job {r['job_id']}{'_' + r['task'] if r['task'] else ''} ({r['stage']}): {r['state']}" + (f", {r['reason']}" if r['reason'] not in ('', 'None') else "") + (f" on {r['node']}" if r['node'] else ""))
 
-# %% ../../nbs/09_running/05_cli.ipynb #7a063534
+# %% ../../nbs/09_running/05_cli.ipynb #877a77a9
 @app.command("report")
 def report_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
     "Make the report of a run again"
     from fvae_nb.running.jobs import status
-    from fvae_nb.running.report import build_report
+    from fvae_nb.running.report import build_report, pipeline_report
+    if not (Path(run)/"params.json").exists() and any(Path(run).glob("*/params.json")): print(pipeline_report(run)); return
     status(run); print(build_report(run))
 
 @app.command("verify")

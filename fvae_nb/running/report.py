@@ -12,7 +12,7 @@ from .jobs import job_module, kernel_manager_class, status
 
 # %% auto #0
 __all__ = ['read_sidecars', 'summarise', 'metrics_csv', 'html_table', 'show_tables', 'show_provenance', 'build_report',
-           'report_page']
+           'report_page', 'pipeline_report']
 
 # %% ../../nbs/09_running/04_report.ipynb #3ff9df32
 def read_sidecars(
@@ -133,3 +133,21 @@ def report_page(
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(book)
     return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{_STYLE}</style><body>{body}</body></html>"
+
+# %% ../../nbs/09_running/04_report.ipynb #d0a5d86e
+def pipeline_report(
+    root:str|Path,         # folder of the stages' runs
+    names:list[str]|None=None, # stages in their order; None: by name
+) -> Path: # ROOT/report.html
+    "All stages on one page, from their own reports"
+    import nbformat
+    root, rows, cells = Path(root), [], []
+    for name in names or sorted(p.parent.name for p in root.glob("*/params.json")):
+        if not (root/name/"cases.json").exists(): rows.append([name, "", "not begun", "", ""]); continue
+        s = status(root/name)
+        rows.append([name, s["job"], f"{s['done']} of {s['total']}", len(s["failed"]), len(s["missing"])])
+        if (root/name/"report.ipynb").exists():
+            cells.append(nbformat.v4.new_markdown_cell(f"# Stage {name}")); cells += nbformat.read(root/name/"report.ipynb", 4).cells[2:-2]     # without its title, imports and provenance
+    body = report_page(nbformat.v4.new_notebook(cells=cells), f"{root.name}: all stages")
+    write_atomic(root/"report.html", body.replace("<body>", f"<body><h1>{html.escape(root.name)}</h1>{html_table(['stage', 'job', 'done', 'failed', 'missing'], rows, 'Not for clinical use. Parameters and provenance: the report in each stage of this folder')}", 1).encode())
+    return root/"report.html"
