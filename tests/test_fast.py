@@ -75,8 +75,8 @@ def test_doubling_folds_exactly(shape):
 def test_counted_work_at_full_size():
     "One pass over all frames, against the released two passes of two windows: from shapes alone"
     from fvae_nb.jobs.benchmark import Params, generator_flop
-    same, base = generator_flop(Params(size="smoke"))
-    assert same["ratio"]["median"] < .49 and base["ratio"]["median"] < .2
+    same, base, maisi = generator_flop(Params(size="smoke"))
+    assert same["ratio"]["median"] < .48 and base["ratio"]["median"] < .2 and maisi["ratio"]["median"] < .7
     assert 440 < same["tflop"]["released"] < 470
 
 

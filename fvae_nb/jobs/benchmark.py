@@ -73,7 +73,7 @@ def _error(a, b, hu=1000.):
     d = (a - b).float()
     return dict(of_range=float(d.abs().max()/(a.max() - a.min()).clamp(min=1e-9)), rms_hu=float(d.square().mean().sqrt()*hu))
 
-# %% ../../nbs/jobs/benchmark.ipynb #802da81c
+# %% ../../nbs/jobs/benchmark.ipynb #4366ad00
 def _video(size, device, channels=3):
     "A crop of the phantom, repeated to the size asked for: values as in a scan"
     import torch
@@ -86,12 +86,13 @@ def _video(size, device, channels=3):
 def _wan(name, sizes, params):
     "encode and decode at each size, class against shortcuts"
     import torch
-    from fvae_nb.vaes.fast import fasten, unfasten
+    import copy
     from fvae_nb.vaes.hub import WAN, WanNet
     from diffusers import AutoencoderKLWan
     config = WAN[name] | ({"base_dim": 16} | ({"decoder_base_dim": 16} if name == "wan2.2" else {}) if params.size == "smoke" else {})
     with torch.random.fork_rng(): torch.manual_seed(0); wan = AutoencoderKLWan(**config).to(params.device).eval().requires_grad_(False)
-    def net(fast): return WanNet(fasten(wan) if fast else unfasten(wan), fast=fast).to(params.device)
+    nets = {False: WanNet(copy.deepcopy(wan), fast=False).to(params.device), True: WanNet(wan).to(params.device)}
+    net = nets.get
     rows = []
     for size in sizes:
         x = _video(size, params.device)

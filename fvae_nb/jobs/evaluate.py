@@ -250,7 +250,7 @@ def run(
     if all_settled(out) and any(done(out, u) for u in out.units): results(out.folder)
     return out
 
-# %% ../../nbs/jobs/evaluate.ipynb #cc425b3f
+# %% ../../nbs/jobs/evaluate.ipynb #3e0a187f
 def _gather(run, name):
     "Features, facts and prompts of a set's finished units: pairs, pool"
     import numpy as np
@@ -310,6 +310,14 @@ def results(
     write_atomic(run.folder/"evaluation.json", json.dumps(_finite(out), indent=1).encode())
     return out
 
+def _finite(x):
+    "JSON has no NaN: null"
+    if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [_finite(v) for v in x]
+    x = x.item() if hasattr(x, "item") else x
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+# %% ../../nbs/jobs/evaluate.ipynb #342e8f81
 def keep_results(
     folder:str|Path,    # of a run
     path:str|Path,      # a small JSON, nbs/results/NAME.json
@@ -328,6 +336,7 @@ def keep_results(
     write_atomic(Path(path), json.dumps(short(_finite(kept | out)), separators=(",", ":")).encode())
     return Path(path)
 
+# %% ../../nbs/jobs/evaluate.ipynb #ae0be23b
 def keep_picture(
     folder:str|Path, # of a run
     path:str|Path,   # nbs/results/NAME.webp
@@ -352,13 +361,6 @@ def keep_picture(
     fig.suptitle(f"SYNTHETIC: drawn patients and what {name} made of their masks (-1000 to 1000 HU)", fontsize=9)
     fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {}); plt.close(fig)
     return Path(path)
-
-def _finite(x):
-    "JSON has no NaN: null"
-    if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_finite(v) for v in x]
-    x = x.item() if hasattr(x, "item") else x
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../../nbs/jobs/evaluate.ipynb #14c53272
 def _overlay(run):

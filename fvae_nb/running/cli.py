@@ -44,7 +44,7 @@ def _jobs_told() -> str:
     rows = [(name, (job_module(name).Params.__doc__ or "").strip()) for name in jobs_available()] + [("pipeline", "Several jobs in a row: -f smoke --run FOLDER")]
     return "\n".join(f"  {name:{max(len(n) for n, _ in rows)}}  {about}" for name, about in rows)
 
-# %% ../../nbs/09_running/05_cli.ipynb #89baecb7
+# %% ../../nbs/09_running/05_cli.ipynb #ee777db0
 @app.command("run")
 def run_command(
     job:Annotated[Optional[str], typer.Argument(help="reconstruct, pretrain_tiny, ..., or pipeline; none: the list", autocompletion=_jobs_like)]=None,
@@ -58,11 +58,14 @@ def run_command(
 ):
     "Run a job; the same command again does what is missing"
     from fvae_nb.running.jobs import make_params, run_job
-    from fvae_nb.running.slurm import requeue, run_pipeline
+    from fvae_nb.running.report import pipeline_report
+    from fvae_nb.running.slurm import read_pipeline, requeue, run_pipeline
     if job is None: raise FVAEError(f"fvae run: which job?\n{_jobs_told()}\n`fvae run JOB` does it, `fvae jobs JOB` tells its parameters")
     if job == "pipeline":
         if len(f or []) != 1 or not run: raise FVAEError("pipeline: expected one -f (paper, smoke, or a .yaml file) and --run, the folder of all stages' runs")
-        raise typer.Exit(run_pipeline(f[0], run, p or []))
+        code = run_pipeline(f[0], run, p or [])
+        if code <= 128: print(f"all stages: {pipeline_report(run, list(read_pipeline(f[0], run, p or [])))}")
+        raise typer.Exit(code)
     params = make_params(job, p or [], f or [], run=run, shard=shard, shards=shards, overwrite=overwrite or None)
     if show_params: print(params.model_dump_json(indent=1)); return
     raise typer.Exit(requeue(run_job(job, params)))

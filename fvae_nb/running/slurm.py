@@ -318,7 +318,7 @@ def _given(stage):
     "A stage's parameters as -p texts"
     return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in stage.params.items()]
 
-# %% ../../nbs/09_running/07_slurm.ipynb #9ea12199
+# %% ../../nbs/09_running/07_slurm.ipynb #977bc2a6
 def run_pipeline(
     path:str|Path,      # as `read_pipeline`
     root:str|Path,      # folder of all stages' runs
@@ -332,8 +332,6 @@ def run_pipeline(
         show(f"stage {name} ({len(ended) + 1} of {len(stages)})")
         ended[name] = run_job(s.job, make_params(s.job, _given(s), s.preset, run=str(Path(root).absolute()/name)), show)
         if ended[name] > 128: return ended[name]                               # stopped by a signal
-    from fvae_nb.running.report import pipeline_report
-    show(f"all stages: {pipeline_report(root, list(stages))}")
     return next((c for c in ended.values() if c), 0)
 
 def submit_pipeline(

@@ -13,16 +13,22 @@ from torch import nn
 # %% auto #0
 __all__ = ['LEVERS', 'fold_doubling', 'fasten', 'unfasten']
 
-# %% ../../nbs/04_vaes/13_fast.ipynb #93ea62d8
+# %% ../../nbs/04_vaes/13_fast.ipynb #5032d9b2
 def _causal(self, x, cache_x=None):
     "WanCausalConv3d: taps without a frame to look at are left out; padding in plane is the convolution's own"
-    side, before = (0, self._padding[2], self._padding[0]), self._padding[4]
-    def conv(frames, taps): return F.conv3d(frames, self.weight[:, :, -taps:], self.bias, self.stride, side)
-    if not before: return conv(x, self.weight.shape[2])
+    side, before = (self._padding[2], self._padding[0]), self._padding[4]
+    def conv(frames): return F.conv3d(frames, self.weight, self.bias, self.stride, (0, *side))
+    if not before: return conv(x)
     have = 0 if cache_x is None else cache_x.shape[2]
     if have: x = torch.cat([cache_x, x], 2)
-    short = [conv(x[:, :, :n + 1], n + 1) for n in range(have, min(before, x.shape[2]))]     # the frames with fewer than two before them
-    rest = [conv(x, before + 1)] if x.shape[2] > before else []
+    first = x.shape[2] == 1                                              # a first frame, nothing before it
+    if not first and have < before and x.shape[3]*x.shape[4] < 256:       # small pictures: a second call costs more than zeros do
+        return conv(F.pad(x, (0, 0, 0, 0, before - have, 0)))
+    def one(n): # a frame with n taps: a plane whose channels are the frames it looks at
+        planes, taps = x[:, :, :n].transpose(1, 2).flatten(1, 2), self.weight[:, :, -n:].transpose(1, 2).flatten(1, 2)
+        return F.conv2d(planes, taps, self.bias, self.stride[1:], side)[:, :, None]
+    short = [one(n + 1) for n in range(have, min(before, x.shape[2]))]
+    rest = [conv(x)] if x.shape[2] > before else []
     return torch.cat(short + rest, 2) if len(short) + len(rest) > 1 else (short + rest)[0]
 
 # %% ../../nbs/04_vaes/13_fast.ipynb #5b3419b4
