@@ -13,10 +13,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: install        ## a real chest CT through the embedded VAE, and a report
+demo: install        ## a real chest CT through the embedded VAE, a SYNTHETIC one drawn from masks, and their reports
 	$(VENV)/bin/fvae samples
 	$(VENV)/bin/fvae run reconstruct -p cases=sample --run runs/demo
-	@echo "open runs/demo/report.html"
+	$(VENV)/bin/fvae run generate -p phantoms=1 --run runs/demo-drawn
+	@echo "open runs/demo/report.html and runs/demo-drawn/report.html"
 
 test: install        ## everything that CI runs
 	$(PY) -m pytest tests
