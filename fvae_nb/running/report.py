@@ -94,9 +94,9 @@ def show_provenance(
     rows = [[k, v if not isinstance(v, (dict, list)) else ", ".join(f"{a} {b}" for a, b in v.items() if b) if isinstance(v, dict) else ", ".join(map(str, v)) or "none"] for k, v in facts.items()]
     display(HTML(html_table(["", ""], rows, "Provenance")))
 
-# %% ../../nbs/09_running/04_report.ipynb #9493625f
+# %% ../../nbs/09_running/04_report.ipynb #62340b55
 _STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums;font-size:.85rem}
-caption{text-align:left;font-weight:600;padding:.3rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left;overflow-wrap:anywhere}img{max-width:100%;height:auto;background:#fff}.jp-InputArea,.input,.prompt,.jp-Cell-inputWrapper,.anchor-link{display:none}"""
+caption{text-align:left;font-weight:600;padding:.3rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:left}td{overflow-wrap:anywhere}table{display:block;overflow-x:auto}img{max-width:100%;height:auto;background:#fff}.jp-InputArea,.input,.prompt,.jp-Cell-inputWrapper,.anchor-link{display:none}"""
 
 def _cells(run):
     "The report's notebook: markdown and short code cells"
