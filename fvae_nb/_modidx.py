@@ -1347,6 +1347,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'fvae_nb/jobs/reconstruct.py'),
                                           'fvae_nb.jobs.reconstruct._files': ( 'jobs/reconstruct.html#_files',
                                                                                'fvae_nb/jobs/reconstruct.py'),
+                                          'fvae_nb.jobs.reconstruct._forget_peak': ( 'jobs/reconstruct.html#_forget_peak',
+                                                                                     'fvae_nb/jobs/reconstruct.py'),
                                           'fvae_nb.jobs.reconstruct._payload': ( 'jobs/reconstruct.html#_payload',
                                                                                  'fvae_nb/jobs/reconstruct.py'),
                                           'fvae_nb.jobs.reconstruct._peak_mb': ( 'jobs/reconstruct.html#_peak_mb',

@@ -95,9 +95,9 @@ def test_refused_before_anything_is_sent(cluster, here):
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_in_the_middle(cluster, here):
+def test_a_node_is_lost_in_the_middle(cluster, here, monkeypatch):
     "Slow cases on two nodes; one node dies; its tasks run again on the other and the chain behind them goes on"
-    (here / "in").mkdir(); scans(here / "in", 8, (33, 96, 96))
+    (here / "in").mkdir(); scans(here / "in", 8, (33, 96, 96)); monkeypatch.setenv("FVAE_TEST_HOOK", "compute:*:sleep1.5")     # long enough to be hit
     given = [f"cases={here / 'in'}", "vae=tiny"]
     first = slurm.submit("reconstruct", given=given, run=str(here / "a"), shards=4, res=slurm.resources(cpus=1))
     second = slurm.submit("residual", after=[first], given=[given[0], "vae=dct", "slices=5", "wide=5"], run=str(here / "b"), res=slurm.resources(cpus=1))
@@ -114,14 +114,15 @@ def test_a_node_is_lost_in_the_middle(cluster, here):
     ends = [json.loads(p.read_text()).get("end") for p in (here / "a").glob("shards/*/attempt-*/attempt.json")]
     assert None in ends                                                           # an attempt that was cut off without a word
     for run in ("a", "b"): s = status(here / run); assert s["total"] and s["done"] == s["total"]
+    monkeypatch.delenv("FVAE_TEST_HOOK")
     quiet = subprocess.run([*FVAE, "run", "reconstruct", "-p", given[0], "-p", given[1], "--run", str(here / "c")], capture_output=True, text=True)
     assert quiet.returncode == 0 and tree(here / "c") == tree(here / "a")
 
 
 @pytest.mark.slow
-def test_one_shard_runs_twice_at_once(cluster, here):
+def test_one_shard_runs_twice_at_once(cluster, here, monkeypatch):
     "Only the node's daemon dies, as in a network cut: the old task goes on while the new one runs elsewhere"
-    n = 24; (here / "in").mkdir(); scans(here / "in", n, (33, 96, 96))
+    n = 24; (here / "in").mkdir(); scans(here / "in", n, (33, 96, 96)); monkeypatch.setenv("FVAE_TEST_HOOK", "compute:*:sleep1.5")    # the controller needs half a minute to miss a node
     given = [f"cases={here / 'in'}", "vae=tiny"]
     cluster.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
     try:
@@ -138,6 +139,7 @@ def test_one_shard_runs_twice_at_once(cluster, here):
     finally: cluster.node("n1"); assert eventually(lambda: cluster.states().get("n1") == "idle", 60), cluster.words()
     assert eventually(lambda: not cluster.steps(), 60)                            # the returning daemon ends the old one
     s = status(here / "a"); assert s["total"] == 2*n and s["done"] == s["total"]      # each VAE and its control
+    monkeypatch.delenv("FVAE_TEST_HOOK")
     quiet = subprocess.run([*FVAE, "run", "reconstruct", "-p", given[0], "-p", given[1], "--run", str(here / "c")], capture_output=True, text=True)
     assert quiet.returncode == 0 and tree(here / "c") == tree(here / "a")
 

@@ -81,7 +81,7 @@ def cases(
     return [dict(id=id, path=str(Path(path).absolute()) if path is not None else None, hu_mode=mode) | (dict(rescale=rescale[0]) if rescale else {}) | fingerprint(path)
             for id, path, mode, *rescale in found[:params.limit]], models(params)
 
-# %% ../../nbs/jobs/reconstruct.ipynb #f227b029
+# %% ../../nbs/jobs/reconstruct.ipynb #a977f8fc
 def _read(source):
     "The scan of a case"
     from fvae_nb.data.ct import read_ct
@@ -115,6 +115,7 @@ def run(
         return last[unit.case]
     def do(run, unit, part):
         ct, vae = ct_of(run, unit), vae_of(unit.model)
+        _forget_peak()
         back = reconstruct(ct, vae, params.window, params.chunk, protocol=params.protocol)
         write_ct(back, part, "int16")
         # a score of random weights means nothing and would be quoted
@@ -124,8 +125,13 @@ def run(
     out = do_units("reconstruct", params, do, _payload, identity, _check)
     return out[0]
 
+def _forget_peak():
+    "Linux: the peak counts anew, so that each unit has its own"
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
+
 def _peak_mb():
-    "Largest memory this process has held, MB (getrusage would remember the parent's)"
+    "Largest memory this process has held since, MB (getrusage would remember the parent's)"
     try: return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
     except (OSError, StopIteration): return None
 
