@@ -81,7 +81,7 @@ def find_settings(
     file = user_config_path("fvae_nb")/"settings.ini"
     return file if file.is_file() else None
 
-# %% ../nbs/00_settings.ipynb #82dffe1f
+# %% ../nbs/00_settings.ipynb #4dd418b6
 def _read_file(file):
     "[fvae] of a file: {key: (value, line number)}, told with the line where it is wrong"
     parser = configparser.ConfigParser(default_section="__none__", interpolation=None, inline_comment_prefixes=(";", "#"))
@@ -122,7 +122,7 @@ def settings(
     where |= {k: f"argument {k}" for k in arguments}
     try: return Settings(**values, file=file)
     except ValidationError as error:
-        raise SettingsError("; ".join(f"{where.get(e['loc'][0], 'settings')}: {'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())) from None
+        raise SettingsError("; ".join(f"{where.get(e['loc'][0], 'settings')}: {'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())) from None
 
 # %% ../nbs/00_settings.ipynb #f015c1bf
 def pick_device(

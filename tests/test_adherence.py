@@ -6,8 +6,8 @@ from hypothesis import given, settings as hsettings, strategies as st
 from fvae_nb.data.ct import DataError, ct_volume
 from fvae_nb.data.labels import TABLE7
 from fvae_nb.data.samples import ellipsoid_thorax
-from fvae_nb.evaluation.adherence import (TABLE3_GROUPS, WORSE, by_finding, by_size, group_mask, lesion_adherence, off_target, off_target_rate, organ_adherence,
-                                          summarise_adherence, threshold_organs, worsen_mask)
+from fvae_nb.evaluation.adherence import (NET_LABELS, NET_RECIPE, TABLE3_GROUPS, WORSE, by_finding, by_size, group_mask, lesion_adherence, net_labels, net_organs, off_target, off_target_rate, organ_adherence,
+                                          summarise_adherence, threshold_organs, train_organs, worsen_mask)
 
 ONCE = np.array([[sorted(TABLE7)]], np.uint8)                                          # every id once
 
@@ -97,8 +97,8 @@ def test_the_wall_beside_a_painted_lesion_is_no_shell():
 
 
 def test_findings_are_counted_by_kind():
-    rows = [dict(finding=f, ignored=i, share=s, extent=1., offset_mm=math.nan) for f, i, s in (("a", True, .1), ("b", False, .5), ("b", True, .1), ("c", None, math.nan))]
-    b = by_finding(rows); assert [(r["finding"], r["n"], r["n_ignored"]) for r in b] == [("b", 2, 1), ("a", 1, 1)] and b[0]["share"] == pytest.approx(.3) and math.isnan(b[0]["offset_mm"])
+    rows = [dict(finding=f, ignored=i, share=s, extent=1., offset_mm=math.nan, contrast_made=100*s, contrast_real=100.) for f, i, s in (("a", True, .1), ("b", False, .5), ("b", True, .1), ("c", None, math.nan))]
+    b = by_finding(rows); assert [(r["finding"], r["n"], r["n_ignored"]) for r in b] == [("b", 2, 1), ("a", 1, 1)] and b[0]["share"] == pytest.approx(.3) and math.isnan(b[0]["offset_mm"]) and b[0]["contrast_made"] == pytest.approx(30)
 
 
 def test_by_size_sorts_and_counts():
@@ -126,3 +126,54 @@ def test_unknown_ways():
     with pytest.raises(DataError, match="expected one of"): worsen_mask(np.ones((2, 2, 2), bool), (1, 1, 1), "rough", 1)
     with pytest.raises(DataError, match="expected one of"): group_mask(ONCE, "lungs")
     assert set(TABLE3_GROUPS) == {"lung", "heart", "vessel", "rib"}
+
+
+def test_thresholds_find_ribs_and_vessels_of_a_phantom():
+    from fvae_nb.data.phantom import thorax_phantom
+    p = thorax_phantom((41, 96, 96), (4., 3.7, 3.7), seed=3, noise="cheap", findings=()); got = organ_adherence(threshold_organs(p.ct), p.mask)
+    assert got["rib"]["dice"] > .4 and got["vessel"]["dice"] > .15 and got["lung"]["dice"] > .85
+
+
+def test_the_shell_begins_beyond_the_lesions_soft_edge():
+    from scipy.ndimage import distance_transform_edt
+    real, ball = scene(); away = distance_transform_edt(~ball, sampling=real.spacing); soft = real.array.copy(); soft[(away > 0) & (away <= 3)] = 30
+    assert lesion_adherence(volume(soft), ball, real)["contrast_made"] == pytest.approx(lesion_adherence(real, ball, real)["contrast_made"], abs=.01)
+
+
+# ---- the net for drawn volumes
+
+def test_the_net_learns_the_groups_of_table_3_and_no_more():
+    got = net_labels(volume(ONCE)).array; count = {n: int((got == k).sum()) for k, n in enumerate(NET_LABELS, 1)}
+    assert count == {"lung": 6, "heart": 1, "vessel": 1, "rib": 24} and (got == 0).sum() == ONCE.size - 32
+    back = np.array([0, *(ids[0] for ids in NET_LABELS.values())])[got]                          # as `net_organs` answers
+    for g in TABLE3_GROUPS: assert np.array_equal(group_mask(back, g), group_mask(ONCE, g))
+
+
+def test_the_net_is_tied_to_its_voxels_and_answers_in_table_7():
+    from dataclasses import replace
+    ct = ellipsoid_thorax((16, 32, 32), (12., 11., 11.)); mask = ct.with_array(np.where(np.abs(ct.array + 830) < 90, 30, 0).astype(np.uint8))
+    recipe = replace(NET_RECIPE, patch=(16, 32, 32), filters=(4, 8, 16), steps=12, lr=2e-2)
+    net, losses = train_organs({"a": (ct, mask)}, recipe); again, same = train_organs({"a": (ct, mask)}, recipe); assert losses == same and np.mean(losses[-3:]) < losses[0]
+    assert net.recipe.spacing_mm == pytest.approx((12., 11., 11.)) and net.labels == tuple(NET_LABELS)
+    fine = ellipsoid_thorax((32, 32, 64), (6., 11., 5.5)); found = net_organs(fine, net); assert found.shape == fine.shape and set(np.unique(found.array)) <= {0, 28, 115, 133, 63} and found.array.dtype == np.uint8
+    assert organ_adherence(net_organs(ct, net), mask)["lung"]["dice"] > .5
+
+
+def test_the_packages_net_finds_more_than_thresholds_in_a_patient_it_never_saw():
+    from fvae_nb.data.phantom import thorax_phantom
+    p = thorax_phantom((65, 128, 128), (5., 3., 3.), seed=31, noise="cheap", findings=(), contrast=0.); net, hu = (organ_adherence(f(p.ct), p.mask) for f in (net_organs, threshold_organs))
+    assert net["lung"]["dice"] > .93 and net["heart"]["dice"] > .85 and net["rib"]["dice"] > hu["rib"]["dice"] and net["vessel"]["dice"] > hu["vessel"]["dice"]
+
+
+def test_the_packages_net_is_small():
+    from fvae_nb.evaluation.adherence import organs_file
+    assert organs_file().stat().st_size < 3e6
+
+
+def test_thresholds_are_those_of_vessels_in_lung_and_of_bone():
+    from scipy.ndimage import distance_transform_edt
+    ct = ellipsoid_thorax((33, 64, 64), (7., 5.6, 5.6)); plain = threshold_organs(ct).array; lung = (plain == 28) | (plain == 133)
+    deep = distance_transform_edt(lung, sampling=ct.spacing) > 15; near = distance_transform_edt(~lung, sampling=ct.spacing); wall = (plain == 200) & (near > 9) & (near < 18); wall[:, :, 22:42] = False
+    for where, ident, below, above in ((deep, 133, -610, -590), (wall, 63, 215, 225)):
+        at = tuple(np.argwhere(where)[where.sum()//2])
+        for hu, found in ((below, False), (above, True)): a = ct.array.copy(); a[at] = hu; assert (threshold_organs(ct.with_array(a)).array[at] == ident) == found, (ident, hu)

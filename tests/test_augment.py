@@ -54,6 +54,54 @@ def test_every_arm_is_tested_on_the_same_patients_and_never_on_its_own(finished,
         if r["arm"] == "real" and r["on"] == "real": assert r["dsc.ball"] == same[r["fold"], r["case"]]["dsc.ball"]   # real has no reconstruction: the scan itself
 
 
+def scans_of(run): return augment.Scans(augment.Params(**{k: v for k, v in run.params.items() if k != "job"}), run)
+
+
+def test_every_arm_trains_on_what_its_name_says(finished):
+    "The saved net is that of train_segmenter on the same scans, stored views and draws; and no two arms are one"
+    from fvae_nb.augmentation.segmenters import load_segmenter, train_segmenter
+    scans, first = scans_of(finished), {}
+    for name in ("real", "replace.dct-4x8x8-16-causal", "add.dct-4x8x8-16-causal"):
+        unit = next(u for u in finished.units if u.model == name and u.case == "fold0-seed0"); cases = finished.sources[unit.case]["train"]
+        pairs = {c: scans.scan(c) for c in cases}; backs = {c: read_view(finished.folder / "views", "dct-4x8x8-16-causal", c)[0] for c in cases}
+        net, _ = train_segmenter(pairs, ["ball"], scans.recipe, name.partition(".")[0], backs)
+        weights = lambda s: np.concatenate([p.detach().numpy().ravel() for p in s.net.parameters()])
+        first[name] = weights(load_segmenter(finished.payload(unit, "nets", ".safetensors"))); assert np.allclose(first[name], weights(net), atol=1e-6)
+    assert all(not np.allclose(first[a], first[b], atol=1e-4) for a, b in (("real", "replace.dct-4x8x8-16-causal"), ("real", "add.dct-4x8x8-16-causal"), ("replace.dct-4x8x8-16-causal", "add.dct-4x8x8-16-causal")))
+
+
+@pytest.mark.parametrize("name", ["real", "replace.dct-4x8x8-16-causal", "add.dct-4x8x8-16-causal"])
+def test_what_a_net_is_tested_on(finished, name):
+    "real: the scan for every arm; same: the stored reconstruction for those that trained on it"
+    scans, seen = scans_of(finished), []
+    unit = next(u for u in finished.units if u.model == name and u.case == "fold1-seed0")
+    rows = augment.test_unit(scans, unit, lambda ct: seen.append(ct.array) or ct.with_array(np.zeros(ct.shape, np.uint8)))
+    assert len(rows) == len(seen) and {r["on"] for r in rows} == {"real", "same"}
+    for r, image in zip(rows, seen):
+        scan = scans.scan(r["case"])[0].array; back = read_view(finished.folder / "views", "dct-4x8x8-16-causal", r["case"])[0].array if name != "real" else scan
+        assert np.array_equal(image, back if r["on"] == "same" else scan) and (name == "real" or not np.array_equal(back, scan))
+
+
+def test_scans_are_cut_around_their_labels_in_training_and_testing(toy, tmp_path):
+    run = augment.run(params(toy, tmp_path / "run", views=["replace"], run_folds=[0], around_mm=7., steps=1, test_on=["same"])); scans, seen = scans_of(run), []
+    unit = run.units[0]; rows = augment.test_unit(scans, unit, lambda ct: seen.append(ct.shape) or ct.with_array(np.zeros(ct.shape, np.uint8)))
+    def box(case):
+        where = np.argwhere(ball(int(case[1:]))[1].array)                                      # 5 x 2 x 2 mm: 7 mm are two slices, four pixels
+        return tuple(min(int(b) + 1 + m, n) - max(int(a) - m, 0) for a, b, m, n in zip(where.min(0), where.max(0), (2, 4, 4), (8, 24, 24)))
+    assert seen == [box(r["case"]) for r in rows] and any(s != (8, 24, 24) for s in seen)
+    for case in run.sources[unit.case]["train"]:
+        for source in ("", "dct-4x8x8-16-causal"): image, labels, _ = scans.grid(case, source); assert image.shape == labels.shape == box(case)
+
+
+def test_each_tolerance_is_its_own_score(finished):
+    from fvae_nb.metrics.masks import surface_dice
+    scans = scans_of(finished); unit = finished.units[0]; move = lambda m: np.roll(m, 2, 2)           # 4 mm: beyond the first tolerance, within the second
+    truths = {c: scans.scan(c)[1] for c in finished.sources[unit.case]["test"]}; todo = iter([c for c in truths for _ in range(2)])
+    for r in augment.test_unit(scans, unit, lambda ct: ct.with_array(move(truths[next(todo)].array))):
+        t = truths[r["case"]].array > 0; want = [100*surface_dice(t, move(t), (5., 2., 2.), mm) for mm in (2., 5.)]
+        assert (r["nsd.ball"], r["nsd.ball.5mm"]) == pytest.approx(want) and want[0] < 90 < want[1]
+
+
 def test_a_second_run_keeps_everything(finished, toy, capsys):
     capsys.readouterr(); augment.run(params(toy, finished.folder))
     assert capsys.readouterr().out.count("done before") == 6
@@ -94,6 +142,9 @@ def test_other_scans_of_the_tested_patients(toy, tmp_path):
     (toy / "low.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = augment.run(params(toy, tmp_path / "run", views=["real"], folds=0, run_folds=[], also={"low dose": str(toy / "low.jsonl")}, test_on=["real"]))
     rows = augment.read_rows(run.folder); assert {r["on"] for r in rows} == {"real", "low dose"} and {r["case"] for r in rows} == {"t4", "t5", "t6"}
+    seen = []; augment.test_unit(scans_of(run), run.units[0], lambda ct: seen.append(ct.array) or ct.with_array(np.zeros(ct.shape, np.uint8)))
+    from fvae_nb.data.ct import read_ct
+    for r, image in zip(rows, seen): assert np.array_equal(image, read_ct(toy / ("low" if r["on"] == "low dose" else "ct") / f"{r['case']}.nii.gz").array)
     (toy / "part.jsonl").write_text((toy / "low.jsonl").read_text().splitlines()[0] + "\n" + (toy / "low.jsonl").read_text().splitlines()[4] + "\n")
     with pytest.raises(JobError, match="has no t5"): augment.cases(params(toy, tmp_path / "x", folds=0, run_folds=[], also={"low": str(toy / "part.jsonl")}, views=["real"]))
 
@@ -133,6 +184,9 @@ def test_comparison_counts_patients_and_not_scans_or_seeds():
     real, other = augment.compare(fixed_rows(3.), "dsc.t")
     assert (other["n"], other["scans"], other["seeds"]) == (4, 8, 2) and other["diff"] == pytest.approx(3) and other["low"] == pytest.approx(3) and real["diff"] == 0
     assert other["by_seed"] == pytest.approx({0: 3., 1: 3.})
+    lopsided = [r for r in fixed_rows(0.) if r["case"] != "c1"]                                        # p0 has one scan, the others two; p0 gains 8, the others nothing
+    for r in lopsided: r["dsc.t"] += 8*(r["arm"] == "replace.x" and r["patient"] == "p0" and r["seed"] == 0)
+    assert augment.compare(lopsided, "dsc.t")[1]["by_seed"] == pytest.approx({0: 2., 1: 0.}) and augment.compare(lopsided, "dsc.t")[1]["diff"] == pytest.approx(1.)
     assert augment.compare(fixed_rows(3.), "nsd.t")[1]["scans"] == 7
     part = [r for r in fixed_rows(3.) if not (r["arm"] == "replace.x" and r["seed"] == 1)]
     assert augment.compare(part, "dsc.t")[1]["seeds"] == 1 and augment.compare(part, "dsc.t")[1]["diff"] == pytest.approx(3)   # an unfinished seed is left out of both
@@ -140,10 +194,23 @@ def test_comparison_counts_patients_and_not_scans_or_seeds():
     assert "+3.0 [+3.0, +3.0]" in augment.table(part, "dsc.t")
 
 
+def test_the_figure_lists_arms_in_the_tables_order():
+    import matplotlib.pyplot as plt
+    fig = augment.draw_differences(fixed_rows(3.) + [r | dict(arm="zz.x") for r in fixed_rows(5.) if r["arm"] != "real"])
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["replace.x", "zz.x"] and all(ax.get_ylim()[0] > ax.get_ylim()[1] for ax in fig.axes)     # the first on top
+    plt.close(fig)
+
+
 def test_a_kept_result_holds_hashes_and_no_path(finished, toy, tmp_path):
     path = augment.keep_results(finished.folder, tmp_path / "kept.json"); text = path.read_text(); kept = augment.read_kept(path)
     assert str(toy) not in text and str(finished.folder) not in text and kept["inputs"]["t0"][0] == sha256_of(toy / "ct/t0.nii.gz")
     assert [r["arm"] for r in augment.compare(kept["rows"], "dsc.ball")] == [r["arm"] for r in augment.compare(augment.read_rows(finished.folder), "dsc.ball")]
+
+
+def test_a_seed_that_some_arm_has_not_finished_is_not_kept(finished, tmp_path):
+    assert augment.read_kept(augment.keep_results(finished.folder, tmp_path / "all.json"))["params"]["seeds"] == [0]
+    run = Run(shutil.copytree(finished.folder, tmp_path / "run")); run.sidecar(run.units[-1]).unlink()
+    kept = augment.read_kept(augment.keep_results(run.folder, tmp_path / "part.json")); assert (kept["rows"], kept["units"], kept["params"]["seeds"]) == ([], 0, [])
 
 
 @pytest.mark.parametrize("name", ["smoke", "table1-lung", "table1-pancreas"])

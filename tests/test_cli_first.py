@@ -1,8 +1,8 @@
 "The first ten minutes: what a person meets who types `fvae` and does not know what next."
 import os, socket, subprocess, sys
 import pytest
-from fvae_nb.running.cli import app, doctor, main
-from fvae_nb.running.jobs import jobs_available
+from fvae_nb.running.cli import _typed, app, doctor, main
+from fvae_nb.running.jobs import _HOW, job_module, jobs_available, make_params
 
 
 def said(capsys, *words, code=0):
@@ -35,7 +35,38 @@ def test_run_without_a_name_lists_every_job(capsys):
 
 def test_jobs_tells_one_job(capsys):
     text = said(capsys, "jobs", "reconstruct")
-    assert text.startswith("reconstruct: ") and "vae = ['tiny', 'dct']" in text and "train_denoiser" not in text
+    assert text.startswith("reconstruct: ") and "vae = tiny,dct" in text and "train_denoiser" not in text
+    assert "-f table1-lung  The paper's Table 1" in text and "data_root.msd_task06_lung" in text         # presets, and what they need
+    assert "one of auto, whole, fused" in said(capsys, "jobs", "generate")                               # a choice is told where the description does not
+    assert "-f smoke" in said(capsys, "jobs", "pipeline") and "-f paper" in said(capsys, "jobs", "pipeline")
+
+
+def test_jobs_alone_is_a_list_a_person_reads(capsys):
+    lines = said(capsys, "jobs").splitlines()
+    assert [l.split()[0] for l in lines[:-1]] == [*jobs_available(), "pipeline"] and "fvae jobs JOB" in lines[-1]
+
+
+@pytest.mark.parametrize("job", jobs_available())
+def test_a_default_can_be_typed_as_it_is_shown(job):
+    "What `fvae jobs JOB` prints after the = is what -p takes; an empty text is '' in a shell"
+    plain = job_module(job).Params()
+    given = {k: _typed(getattr(plain, k)) for k in type(plain).model_fields if k not in _HOW}
+    assert make_params(job, [f"{k}={'' if v == chr(39)*2 else v}" for k, v in given.items()]) == plain
+
+
+def test_help_of_every_command_is_a_whole_sentence(capsys):
+    commands = said(capsys, "--help").split("Commands:")[1]
+    assert "status" in commands and "..." not in commands
+
+
+def test_a_scan_that_is_not_there_is_refused_before_a_run_is_made(in_tmp, capsys):
+    text = said(capsys, "run", "reconstruct", "-p", "cases=my_scna.nii.gz", code=2)
+    assert "my_scna.nii.gz: no such file or folder" in text and len(text.strip().splitlines()) == 1 and not (in_tmp / "runs").exists()
+    assert "sampl: no such file or folder; give scans by path, a .jsonl or .csv manifest, 'sample'" in said(capsys, "run", "reconstruct", "-p", "cases=sampl", code=2)
+
+
+def test_a_list_typed_as_python_is_told_how_a_list_is_typed(capsys):
+    assert "a list takes commas, as -p vae=a,b" in said(capsys, "run", "reconstruct", "-p", "vae=['tiny']", code=2)
 
 
 @pytest.mark.parametrize("words, told", [

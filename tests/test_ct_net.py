@@ -7,7 +7,7 @@ from conftest import FIXTURES
 from rules import fill, smooth_video
 from test_features import agree, close, synthetic, volume
 from fvae_nb.data.ct import DataError
-from fvae_nb.evaluation.ct_net import CTNet, net_frame, net_input, read_ct_net
+from fvae_nb.evaluation.ct_net import CTNet, net_frame, net_input, read_ct_net, squeezed
 from fvae_nb.evaluation.features import load_extractor
 from fvae_nb.vaes.interface import WeightsError
 
@@ -40,8 +40,8 @@ def test_whole_volume_as_stored(net):
 
 
 def test_preparations_as_stored():
-    from dataclasses import replace
     ct = synthetic()
+    agree(squeezed(ct), "toolkit_fvd_unit", hu=False)
     agree(net_input(ct, "vlm3d"), "toolkit_ctnet_input", hu=False)
     agree(net_frame(np.random.RandomState(5).randint(-1200, 900, (101, 200, 200)).astype(np.float32)), "ctnet_prepare_small", hu=False)
     agree(net_frame(np.random.RandomState(4).randint(-1200, 900, (405, 419, 431)).astype(np.float32)), "ctnet_prepare_odd", hu=False)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from rules import rule_array, smooth_video
-from fvae_nb.generation.denoiser import Denoiser, DenoiserConfig, DenoiserError, SliceConv, from_released, released_keys, sized, to_released
+from fvae_nb.generation.denoiser import Denoiser, DenoiserConfig, DenoiserError, from_released, released_keys, sized, to_released
 
 HERE = FIXTURES / "denoiser"
 CASES = json.loads((HERE / "cases.json").read_text())

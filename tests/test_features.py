@@ -163,3 +163,12 @@ def test_scaling_by_volume_or_window():
     assert features_2p5d(v, Max())["axial"].max() == pytest.approx(1 - .406, abs=1e-5)         # B3: 400 HU becomes white
     assert features_2p5d(v, Max(), scaling="window")["axial"].max() == pytest.approx(.7 - .406, abs=1e-5)
     with pytest.raises(DataError, match="volume or window"): features_2p5d(v, Max(), scaling="minmax")
+
+
+def test_tiny_slices_undo_the_toolkits_scaling():
+    from fvae_nb.data.ct import window_ct
+    from fvae_nb.evaluation.features import _cells
+    from fvae_nb.vaes.interface import load_vae
+    ct = volume(5, (8, 20, 20)); e = load_extractor("tiny-slices", shape=16, mm=3., scaling="window"); s = plane_slices(fid_volume(ct, (16,)*3, 3.), "axial")
+    with torch.no_grad(): want = _cells(load_vae("tiny").encode(torch.from_numpy(window_ct(np.ascontiguousarray(s)))[:, None, None]).values[:, :, 0].float(), 2)
+    assert np.allclose(e(ct)["axial"], want.numpy(), atol=1e-4)

@@ -1,5 +1,6 @@
 "The jobs encode and generate: from a manifest to latents, from masks and words to SYNTHETIC scans."
 import json, os, signal, subprocess, sys, time
+from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from fvae_nb.data.ct import ct_volume, read_ct, read_mask, write_ct
 from fvae_nb.data.manifests import Case, write_manifest
 from fvae_nb.generation.latents import list_latents, read_latents
 from fvae_nb.jobs import encode, generate, train_denoiser
-from fvae_nb.running.cases import JobError, Run, done
+from fvae_nb.running.cases import JobError, done
 from fvae_nb.running.jobs import make_params, status
 
 
@@ -50,6 +51,7 @@ def test_encode_stores_what_the_manifest_says(cohort, tmp_path):
     assert (cases["c0"].labels == 261).sum() == 72 and not (cases["c1"].labels >= 250).any()
     assert cases["c0"].meta["prompt"] == "Nodule 8 mm" and cases["c1"].meta["prompt"] == "Both lungs are clear. Normal."
     assert cases["c0"].ct.shape == (16, 3, 4, 4) and cases["c0"].mask.shape == (48, 3, 4, 4) and cases["c0"].text is None
+    assert cases["c0"].meta["window"] == [-1000, 1000] and "window" not in encode.Params.model_fields      # all that reads latents takes it for granted
     assert cases["c0"].meta["synthetic"] and str(tmp_path) not in json.dumps(cases["c0"].meta)
     again = encode.run(_params("encode", tmp_path / "again", manifest=str(cohort)))
     for p in paths: assert p.read_bytes() == (again.folder / p.relative_to(run.folder)).read_bytes()
@@ -71,6 +73,37 @@ def test_encode_refuses_masks_that_changed(cohort, tmp_path):
     mask = read_mask(tmp_path / "data/c0_organ.nii.gz"); mask.array[0] = 0; write_ct(mask, tmp_path / "data/c0_organ.nii.gz")
     run = encode.run(params)
     assert "not the files they were" in status(run.folder)["failed"][0]["reason"] and status(run.folder)["done"] == 2
+
+
+@pytest.mark.parametrize("name", ["organ", "nodule"])
+def test_generate_refuses_masks_that_changed(cohort, tmp_path, name):
+    "Any mask of a case, not only the first; the scan's own file may be gone"
+    from fvae_nb.jobs import ablate
+    from fvae_nb.running.jobs import open_run
+    params = _params("generate", tmp_path / "run", generator="tiny-random", masks=str(cohort), steps=1)
+    open_run("generate", params)
+    source = next(c for c in ablate.cases(_params("ablate", tmp_path / "a", generator="tiny-random", masks=str(cohort)))[0] if c["id"] == "c0")
+    (tmp_path / "data/c0.nii.gz").unlink()
+    generate._maps(source, params)
+    path = tmp_path / f"data/c0_{name}.nii.gz"
+    mask = read_mask(path); mask.array[4] = 0; write_ct(mask, path)
+    run = generate.run(params)
+    state = status(run.folder)
+    assert state["done"] == 2 and [f["case"] for f in state["failed"]] == ["c0"] and f"c0_{name}.nii.gz: is not the file it was" in state["failed"][0]["reason"]
+    with pytest.raises(JobError, match=f"c0_{name}.nii.gz: is not the file it was"): generate._maps(source, params)
+
+
+def test_a_scan_that_is_read_for_its_body_must_not_change(cohort, tmp_path):
+    "No mask says where the body is, so the scan does; the ablation compares with it in any case"
+    from fvae_nb.jobs import ablate
+    for n in range(3):
+        path = tmp_path / f"data/c{n}_organ.nii.gz"; mask = read_mask(path); mask.array[mask.array == 200] = 0; write_ct(mask, path)
+    params = _params("generate", tmp_path / "run", generator="tiny-random", masks=str(cohort), steps=1)
+    source, compared = generate.cases(params)[0][0], ablate.cases(_params("ablate", tmp_path / "a", generator="tiny-random", masks=str(cohort)))[0][0]
+    assert (generate._maps(source, params)[0].array == 200).any() and ablate.real_scan(compared, params).shape == (9, 32, 32)
+    path = tmp_path / "data/c0.nii.gz"; ct = read_ct(path); write_ct(ct.with_array(ct.array + 50), path)
+    for look in (lambda: generate._maps(source, params), lambda: ablate.real_scan(compared, params)):
+        with pytest.raises(JobError, match="c0.nii.gz: is not the file it was"): look()
 
 
 def test_generate_from_a_manifest(cohort, tmp_path):
@@ -151,7 +184,8 @@ def test_training_job_killed_and_run_again(cohort, tmp_path):
     "`fvae run train_denoiser` killed in the middle: the same command goes on, with the curve of an undisturbed run"
     latents = encode.run(_params("encode", tmp_path / "encode", manifest=str(cohort))).folder / "latents"
     def command(folder): return [sys.executable, "-m", "fvae_nb.running.cli", "run", "train_denoiser", "-p", f"latents={latents}", "-p", "steps=6", "-p", "every=2", "-p", "sample_steps=0", "-p", "device=cpu", "--run", str(folder)]
-    env = os.environ | dict(OMP_NUM_THREADS="1")
+    import torch
+    env = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))       # the undisturbed run's number, which fixes the order of sums and so their last bits (tests/test_training.py)
     process = subprocess.Popen(command(tmp_path / "killed"), cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     until = time.time() + 120
     while not list((tmp_path / "killed").glob("checkpoints/step-*")) and process.poll() is None and time.time() < until: time.sleep(.02)
@@ -167,6 +201,24 @@ def test_training_job_killed_and_run_again(cohort, tmp_path):
     assert rows["killed"] == rows["whole"] and len(rows["whole"]) == 3
     a, b = (next((tmp_path / f).glob("volumes/*/*.safetensors")).read_bytes() for f in ("killed", "whole"))
     assert a == b
+
+
+def test_visibility_is_measured_with_the_scaling_that_training_uses(cohort, tmp_path, monkeypatch):
+    "Channels are looked at on two cases, but a deviation is one of all of them"
+    from fvae_nb.generation import training
+    latents = encode.run(_params("encode", tmp_path / "encode", manifest=str(cohort))).folder / "latents"
+    used = []
+    def visibility(vae, cases, scaling): used.append((len(cases), scaling)); return [float(c + 1) for c in range(16)]
+    monkeypatch.setattr(training, "channel_visibility", visibility)
+    params = make_params("train_denoiser", [], (), run=str(tmp_path / "train")).model_copy(update=dict(latents=str(latents), train_split="train", steps=1, every=1, sample_steps=0, device="cpu", visible=1.))
+    known, _ = train_denoiser.read_cases(params)
+    monkeypatch.setattr(train_denoiser, "read_cases", lambda params: (known + [replace(known[0], ct=3*known[0].ct)], []))
+    run = train_denoiser.run(params)
+    all_of_them = training.measure_scaling(train_denoiser.read_cases(params)[0])
+    assert used == [(2, all_of_them)] and training.load_generator(run.folder).scaling == all_of_them != training.measure_scaling(known)
+    assert training.load_generator(run.folder).config["visibility"] == [float(c + 1) for c in range(16)]
+    facts = train_denoiser._ready(params, run.folder / "checkpoints")[3]                       # to go on, nothing is measured again
+    assert len(used) == 1 and "visibility" not in facts and facts["scaling"] == all_of_them
 
 
 def test_another_table_of_mask_colours_is_noticed(cohort, tmp_path, monkeypatch):

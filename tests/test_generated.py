@@ -3,11 +3,12 @@ import csv, json, math
 import nibabel as nib
 import numpy as np
 import pytest
-from fvae_nb.data.ct import DataError, ct_volume, read_ct, write_ct
+from fvae_nb.data.ct import DataError, ct_volume, read_ct, read_mask, write_ct
 from fvae_nb.data.samples import ellipsoid_thorax
 from fvae_nb.evaluation.generated import (CONVENTIONS, DEFECTS, case_id, cosine_score, fit_text_map, hu_doubts, mismatched, pair_up, read_generated,
-                                          read_prompts, score_sets, toolkit_fvd, volumes_in)
-from fvae_nb.metrics.frechet import frechet
+                                          read_prompts, score_sets, toolkit_fvd, toolkit_image, volumes_in)
+from fvae_nb.metrics.frechet import frechet, frechet_strata
+from test_features import agree, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,23 @@ def test_toolkit_variants_are_named_and_off():
     assert toolkit_fvd(x, y) > frechet(x[:, 0], y[:, 0]) and math.isnan(toolkit_fvd(x[:5], y[:5]))
 
 
+def test_toolkit_image_as_stored(): agree(toolkit_image(synthetic()), "toolkit_cpu_gt", hu=False)
+
+
+def test_toolkit_image_of_a_generated_volume_takes_hu_for_unit_values():
+    ct = synthetic(); a, b = toolkit_image(ct, made=True), toolkit_image(ct.with_array(ct.array/1000), made=True)
+    assert a.shape == (241, 512, 512) and ((a > 0) & (a < 1)).mean() < 2e-4 < .003 < ((b > 0) & (b < 1)).mean()         # read as [-1, 1], HU are black or white
+    big = toolkit_image(ct_volume(np.arange(520, dtype=np.float32)[None, None]*np.ones((4, 4, 1), np.float32), (.75, .75, .75))); assert big.shape == (241, 512, 512)
+    assert big[0, 0, 0] == pytest.approx((1000 + 4)/2000)                                                               # cut about the middle, filled up at the end
+
+
+def test_strata_are_a_variant_by_name():
+    real, made, pool = rows(8, 0), rows(8, 1), rows(9, 3); flat = lambda s: np.concatenate([f["volume"] for f in s])
+    plain, b2 = (score_sets(real, made, pool, draws=3, strata=s) for s in (False, True))
+    assert plain["fvd"]["value"] == pytest.approx(frechet(flat(real), flat(made))) and b2["fvd"]["value"] == pytest.approx(frechet_strata(flat(real), flat(made))) and b2["fvd"]["floor"] > 1.3*plain["fvd"]["floor"]
+    assert b2["kid"] == plain["kid"] and b2["fid"] == plain["fid"]
+
+
 # ---- the job
 
 @pytest.fixture(scope="module")
@@ -180,10 +198,10 @@ def signed_run(root, tmp_path):
     from fvae_nb.running.cases import Run, Unit, canonical, publish, write_atomic
     run = Run(tmp_path / "generate-1"); run.folder.mkdir()
     write_atomic(run.folder / "params.json", canonical({"job": "generate"}))
-    write_atomic(run.folder / "cases.json", canonical({"cases": [dict(id=f"c{n}", path=None, prompt=f"Prompt {n}") for n in range(2)], "units": [["ours", f"c{n}"] for n in range(2)]}))
+    write_atomic(run.folder / "cases.json", canonical({"cases": [dict(id=f"c{n}", path=None, sha256="c"*64, prompt=f"Prompt {n}") for n in range(2)], "units": [["ours", f"c{n}"] for n in range(2)]}))
     for n in range(2):
         part = run.folder / f"part{n}"; part.write_bytes((root / "made" / f"c{n}_SYNTHETIC.nii.gz").read_bytes()); u = Unit("ours", f"c{n}")
-        publish(run, u, part, run.payload(u, suffix="_SYNTHETIC.nii.gz"), dict(identity={}, metrics={"peak_mb": 2048}, seconds=3.5))
+        publish(run, u, part, run.payload(u, suffix="_SYNTHETIC.nii.gz"), dict(identity=dict(generator="a"*64, weights="b"*64), metrics={"peak_mb": 2048}, seconds=3.5))
     return run
 
 
@@ -220,6 +238,8 @@ def test_job_keeps_what_the_book_shows(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache"))
     run = job.run(job_params(folders, run=str(tmp_path / "run"), limit=3, split="all")); kept = json.loads(job.keep_results(run.folder, tmp_path / "k.json", "what").read_text())
     assert set(kept["inputs"]["c1"]) == {"real", "made"} and len(kept["inputs"]) == 8 and kept["params_sha256"] == run.params_sha256 and str(tmp_path) not in json.dumps(kept) and str(folders) not in json.dumps(kept)
+    drawn = signed_run(folders, tmp_path).folder; behind = json.loads(job.keep_results(run.folder, tmp_path / "k.json", "what", {"made": drawn}).read_text())["generators"]["made"]
+    assert behind["weights_sha256"] == "a"*64 and behind["vae_sha256"] == "b"*64 and set(behind["masks"]) == {"c0", "c1"} and "generators" not in kept
     assert "each" not in kept["table2"][0]["scores"]["i2i"] and {"real scans, the ceiling", "made"} == {r["method"] for r in kept["table3"]}
 
 
@@ -229,3 +249,124 @@ def test_job_pool_and_prompts_are_checked(folders, tmp_path):
     with pytest.raises(JobError, match="scored case too"): job.cases(job_params(folders, pool=str(folders / "real")))
     (tmp_path / "q.csv").write_text("Names,Text_prompts\nc0,one\n")
     with pytest.raises(JobError, match="no prompt for 4 of 5 cases, first c1"): job.cases(job_params(folders, prompts=str(tmp_path / "q.csv")))
+
+
+def test_medsyn_read_as_another_passes_with_a_voxel_size_nobody_wrote(tmp_path, ct):
+    array, affine, _ = WRITERS["medsyn"](ct); path = save(tmp_path / "x.nii.gz", array, affine)
+    for name in ("fvae", "maisi"): assert read_generated(path, name).spacing == (1., 1., 1.)                     # the guard sees values, not sizes
+
+
+def test_averages_of_planes_and_centred_cosines():
+    real, made, pool = rows(8, 0), rows(8, 1, .5), rows(9, 3); s = score_sets(real, made, pool, draws=3)["fid"]
+    for k in ("value", "floor", "same_n", "excess"): assert s["avg"][k] == pytest.approx(np.mean([s[p][k] for p in ("axial", "sagittal", "coronal")]))
+    assert s["avg"]["floor"] != s["avg"]["value"]
+    far = lambda n, seed: [{"volume": f["volume"] + 50} for f in rows(n, seed)]                                  # what all scans share says nothing of a pair
+    plain, centred = (score_sets(far(8, 0), far(8, 1), far(9, 3), center=c, draws=2)["i2i"]["uncut"] for c in (False, True))
+    assert plain > 99.9 and abs(centred) < 60
+
+
+def first(folders, n=0): return dict(id=f"c{n}", case=f"c{n}", path=str(folders / "real" / f"c{n}.nii.gz"), hu_mode="hu", rescale=None, prompt="", made={})
+
+
+def test_a_ceiling_needs_one_grid_and_one_segmenter(folders, tmp_path):
+    from dataclasses import replace
+    from fvae_nb.jobs import evaluate as job
+    real = read_ct(folders / "real/c0.nii.gz"); wanted = read_mask(folders / "made/c0_SYNTHETIC_mask.nii.gz"); wanted = real.with_array(wanted.array.astype(np.uint16))
+    wanted.array[8:11, 14:18, 8:11] = 261
+    obey = lambda made, **more: job._obeyed(job_params(folders, **more), first(folders), "made", made, real, made.with_array(wanted.array), {})
+    same = obey(real.with_array(real.array + 1)); assert {"organs", "organs_real", "off_target_real"} <= set(same) and same["lesions"][0]["ignored"] is not None
+    affine = real.affine.copy(); affine[0, 3] += 40; moved = replace(real, affine=affine, stored=None)
+    other = obey(moved); assert "organs_real" not in other and "off_target_real" not in other and other["lesions"][0]["ignored"] is None       # the same shape, elsewhere in the patient
+    seg = tmp_path / "seg"; write_ct(real.with_array(np.where(wanted.array > 200, 30, wanted.array).astype(np.uint8)), seg / "c0.nii.gz")
+    for more in (dict(segmentations=str(seg)), dict(segmentations_real=str(seg))): assert "organs_real" not in obey(real.with_array(real.array), **more)
+    assert "organs_real" in obey(real.with_array(real.array), segmentations=str(seg), segmentations_real=str(seg))
+
+
+def test_drawn_diseases_are_painted_as_table_7_plus_100():
+    from fvae_nb.jobs import evaluate as job
+    p = job._drawn(0, "disease"); a = job._mask(None, {}, "phantom-same", p.ct, p).array
+    assert "nodule" in p.masks and np.unique(a[a > 200]).tolist() == [261] and np.array_equal(a == 261, p.masks["nodule"])
+
+
+def test_job_masks_the_real_scans_alone_and_says_who_segmented(folders, tmp_path, monkeypatch):
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache")); seg, real = tmp_path / "seg", tmp_path / "real"
+    for n in range(2):
+        v = read_ct(folders / "real" / f"c{n}.nii.gz"); a = v.array.copy(); a[:, -1, :] = 300; write_ct(v.with_array(a), real / f"c{n}.nii.gz", "int16")       # a table below the patient
+        write_ct(read_mask(folders / "made" / f"c{n}_SYNTHETIC_mask.nii.gz"), seg / f"c{n}.nii.gz")
+    def held(masked, where):
+        run = job.run(job_params(folders, run=str(tmp_path / f"{where.parent.name}{masked}"), reference=str(where), pool="", prompts="", segmentations=str(seg), real_masked=masked, slice_features="none"))
+        with np.load(next((run.folder / "features").rglob("c0.npz"))) as f: return f["real_volume"], f["made_volume"], json.loads((run.folder / "evaluation.json").read_text())
+    plain, masked = held(False, real), held(True, real)
+    assert not np.allclose(plain[0], masked[0], atol=1e-3) and np.array_equal(plain[1], masked[1])
+    assert masked[2]["table3"][0]["segmenter"] == "table7 outputs of the user" and masked[2]["table3"][0]["groups"]["lung"]["dice"] == 100
+
+
+def test_memory_is_told_in_gb(folders, tmp_path, monkeypatch):
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache")); made = signed_run(folders, tmp_path)
+    out = job.results(job.run(job_params(folders, generated=[str(made.folder)], run=str(tmp_path / "run"), slice_features="none", pool="")).folder)
+    assert out["table2"][0]["memory_gb"] == 2. and out["table2"][0]["seconds"] == 3.5
+
+
+def test_pictures_say_whose_scans_and_who_found(folders, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache")); shown = []; monkeypatch.setattr(plt, "close", lambda fig: shown.append(([a.get_title() for a in fig.axes], fig._suptitle.get_text())))
+    v = read_ct(folders / "real/c0.nii.gz"); write_ct(ct_volume(v.array, v.spacing), tmp_path / "real/c0.nii.gz", "int16"); write_ct(read_mask(folders / "made/c0_SYNTHETIC_mask.nii.gz"), tmp_path / "seg/c0.nii.gz")
+    for where, seg, want in ((tmp_path / "real", "", ("real", "found by thresholds")), (folders / "real", str(tmp_path / "seg"), ("drawn", "found by the user's segmenter"))):
+        run = job.run(job_params(folders, run=str(tmp_path / want[0]), reference=str(where), segmentations=seg, slice_features="none", limit=1, pool="", prompts="")); job.keep_picture(run.folder, tmp_path / "p.webp", "made", ["c0"])
+        titles, heading = shown[-1]; assert titles == [f"{want[0]} c0", "made", "asked for", want[1]] and f"{want[0]} patients" in heading
+
+
+def test_run_lists_b3_as_on(folders, tmp_path, monkeypatch, capsys):
+    import matplotlib; matplotlib.use("Agg")
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache")); job.show_run(job.run(job_params(folders, run=str(tmp_path / "run"), slice_features="none", limit=1, pool="", prompts="")).folder)
+    off, on = [l for l in capsys.readouterr().out.splitlines() if l.startswith(("Defects", "On,"))]; assert "B3" not in off and "B2" in off and "B3" in on
+
+
+def test_the_toolkits_defects_are_reached_by_name_alone(folders, tmp_path, monkeypatch, capsys):
+    from fvae_nb.evaluation import features
+    from fvae_nb.jobs import evaluate as job
+    import matplotlib; matplotlib.use("Agg")
+    from fvae_nb.running.cases import JobError
+    assert job.Params().defects == []
+    asked = []; monkeypatch.setattr(features, "load_extractor", lambda name, **more: asked.append((name, more)) or name)
+    for name, given in (("ct-net", []), ("ct-net", ["B5"]), ("ct-clip", ["B1"]), ("ct-clip", [])): job._extractors(job_params(folders, volume_features=name, slice_features="none", defects=given), "cpu")
+    assert [(n, m.get("variant")) for n, m in asked] == [("ct-net", None), ("ct-net", "vlm3d"), ("ct-clip", "vlm3d"), ("ct-clip", None)]
+    monkeypatch.undo(); monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache"))
+    for more, told in ((dict(defects=["B5"]), "defects = B5.*ct-net"), (dict(defects=["B1"]), "defects = B1.*ct-clip"), (dict(defects=["B2"], volume_features="none"), "defects = B2")):
+        with pytest.raises(JobError, match=told): job.cases(job_params(folders, **more))
+    with pytest.raises(ValueError): job_params(folders, defects=["B3"])
+    run = job.run(job_params(folders, run=str(tmp_path / "run"), slice_features="none", limit=4, defects=["B2"], prompts="")); pairs, _ = job._gather(run, "made")
+    out = json.loads((run.folder / "evaluation.json").read_text())["table2"][0]; flat = lambda k: np.concatenate([p[k]["volume"] for p in pairs])
+    assert out["scores"]["fvd"]["value"] == pytest.approx(frechet_strata(flat("real"), flat("made"))) and "(strata of four: B2)" in out["features"]
+    table = (run.folder / "tables/table2.md").read_text(); assert "strata of four: B2" in table and "| Frechet, volumes |" in table
+    job.show_run(run.folder); said = capsys.readouterr().out; assert "On, as this run was told: B2" in said and "B2" not in next(l for l in said.splitlines() if l.startswith("Defects"))
+    five = job.results(job.run(job_params(folders, run=str(tmp_path / "five"), slice_features="none", defects=["B2"], prompts="")).folder)["table2"][0]
+    assert math.isnan(five["scores"]["fvd"]["value"]) and "one alone in the last stratum" in five["note"]
+
+
+def test_two_segmenters_stand_row_beside_row(folders, tmp_path, monkeypatch):
+    from fvae_nb.evaluation import adherence
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache")); net = tmp_path / "organs.safetensors"; net.write_bytes(b"weights"); monkeypatch.setattr(adherence, "organs_file", lambda: net)
+    monkeypatch.setattr(adherence, "net_organs", lambda ct: ct.with_array(np.full(ct.shape, 30, np.uint8)))                   # finds lung everywhere
+    run = job.run(job_params(folders, run=str(tmp_path / "run"), slice_features="none", limit=2, pool="", prompts="", segmenters=["thresholds", "net"]))
+    rows = json.loads((run.folder / "evaluation.json").read_text())["table3"]; lung = {(r["method"], r["by"]): r["groups"]["lung"]["dice"] for r in rows}
+    assert set(lung) == {(m, b) for m in ("made", "real scans, the ceiling") for b in ("thresholds", "net")} and lung["made", "thresholds"] > 80 > 50 > lung["made", "net"] == lung["real scans, the ceiling", "net"]
+    assert [r["source"]["segmenter"] for r in rows] == ["thresholds"]*2 + ["net"]*2 and len(rows[2]["source"]["organs_net"]) == 64 and "organs_net" not in rows[0]["source"]
+    text = (run.folder / "tables/table3.md").read_text(); assert "| segmented by |" in text and "| made | net |" in text and "- net: the package's net" in text
+    when = lambda: sorted(p.stat().st_mtime_ns for p in (run.folder / "features").rglob("*.npz")); before = when()
+    job.run(job_params(folders, run=str(tmp_path / "run"), slice_features="none", limit=2, pool="", prompts="", segmenters=["thresholds", "net"])); assert when() == before
+    net.write_bytes(b"others"); job.run(job_params(folders, run=str(tmp_path / "run"), slice_features="none", limit=2, pool="", prompts="", segmenters=["thresholds", "net"])); assert when() != before    # another net: other answers
+    one = job.run(job_params(folders, run=str(tmp_path / "one"), slice_features="none", limit=2, pool="", prompts="")); assert "segmented by" not in (one.folder / "tables/table3.md").read_text() and "Segmented by HU thresholds" in (one.folder / "tables/table3.md").read_text()
+
+
+def test_slices_are_compared_with_their_neighbours(folders, tmp_path, monkeypatch):
+    from fvae_nb.generation.sampling import continuity
+    from fvae_nb.jobs import evaluate as job
+    monkeypatch.setenv("FVAE_CACHE", str(tmp_path / "cache")); v = read_ct(folders / "real/c0.nii.gz"); write_ct(v.with_array(v.array + 40*(np.arange(20) % 2)[:, None, None], synthetic=True), tmp_path / "made/c0_SYNTHETIC.nii.gz", "int16")
+    out = job.results(job.run(job_params(folders, generated=[str(tmp_path / "made")], run=str(tmp_path / "run"), slice_features="none", pool="", prompts="")).folder)     # no masks beside these volumes
+    assert out["continuity"]["made"]["real"] == pytest.approx(continuity(v.array), abs=.05) and out["continuity"]["made"]["made"] > out["continuity"]["made"]["real"] + 10 and out["table3"] == []

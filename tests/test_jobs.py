@@ -119,3 +119,11 @@ def test_pretraining_resumes_after_a_kill_with_the_same_curve(tmp_path):
     curves = [json.loads((tmp_path / n / "cases/weights/tiny.json").read_text()) for n in ("whole", "cut")]
     assert curves[0]["metrics"]["curve"] == curves[1]["metrics"]["curve"]
     assert curves[0]["sha256"] == curves[1]["sha256"]
+
+
+@pytest.mark.parametrize("hu, window", [(-830, "lung"), (40, "soft tissue")])
+def test_a_report_opens_in_the_window_that_shows_something(hu, window):
+    "A box of lung, or of soft tissue, in air"
+    from fvae_nb.jobs.reconstruct import _window
+    a = np.full((4, 40, 40), -1024, np.float32); a[:, 10:30, 10:30] = hu
+    assert _window(ct_volume(a)) == window

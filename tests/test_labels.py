@@ -1,5 +1,6 @@
 "Table 7, the numberings that lead to it, fusion, and the check that names every mistake."
 import json
+from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
@@ -192,3 +193,33 @@ def test_real_masks_map_to_table_7(test_data):
     assert abs(liver - 45) < 2 and abs(aorta - 42) < 2                            # the README of the test data
     assert "slices 82 to 111" in check_mask(m, ct, body=False)[0]                 # unlabelled is not background
     with pytest.raises(DataError, match="different|another|shape"): read_mask(test_data / "ct/ts_example_seg_tsv2.nii.gz", read_ct(test_data / "ct/ts_pulmonary_ct.nii.gz"))
+
+
+def test_a_folder_of_the_body_task_may_hold_the_skin(tmp_path):
+    "TotalSegmentator's README: body, body_trunc, body_extremities, skin"
+    a = np.zeros((4, 5, 6), np.uint8); a[1:3] = 1; ct = ct_volume(a, name="m")
+    for name in ("body", "body_trunc", "skin"): write_ct(ct.with_array(a if name != "skin" else (a > 0).astype(np.uint8)), tmp_path / f"{name}.nii.gz")
+    assert set(np.unique(read_totalsegmentator(tmp_path).array)) == {0, BODY}
+
+
+def test_vista3d_marks_what_it_did_not_look_at_with_255(tmp_path):
+    a = np.zeros((4, 5, 6), np.float32); a[1], a[2] = 132, 255                        # float32, as its bundle writes
+    path = write_ct(ct_volume(a, name="m"), tmp_path / "scan_trans.nii.gz")
+    assert set(np.unique(read_vista3d(path).array)) == {0, 132}
+
+
+def test_vista3d_is_run_as_its_bundle_documents(tmp_path, monkeypatch):
+    "The command line and the place of its files; the model itself is not here"
+    import ast, subprocess
+    bundle = tmp_path / "vista3d"; (bundle / "configs").mkdir(parents=True); (bundle / "configs/inference.json").write_text("{}")
+    a = np.zeros((4, 5, 6), np.float32); path = write_ct(ct_volume(a, name="scan"), tmp_path / "scan.nii.gz"); seen = []
+    def run(command, cwd, **_):
+        seen.append(command); given = ast.literal_eval(command[command.index("--input_dict") + 1]); out = Path(command[command.index("--output_dir") + 1])
+        for name, value in (("another", 3), ("scan", 132 if "label_prompt" in given else 28)):
+            (out / name).mkdir(parents=True, exist_ok=True); write_ct(ct_volume(np.full((4, 5, 6), value, np.float32), name="p"), out / name / f"{name}_trans.nii.gz")
+        return subprocess.CompletedProcess(command, 0, "", "")
+    monkeypatch.setattr(subprocess, "run", run)
+    out = run_vista3d(path, tmp_path / "out", bundle)
+    assert set(np.unique(out.array)) == {132} and seen[0][1:5] == ["-m", "monai.bundle", "run", "--config_file"]
+    first, second = (ast.literal_eval(c[c.index("--input_dict") + 1]) for c in seen)
+    assert first == {"image": str(path)} and second == {"image": str(path), "label_prompt": [25, 132]}

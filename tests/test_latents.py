@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fvae_nb.data.ct import DataError, ct_volume
-from fvae_nb.generation.latents import LatentCase, air_outside, encode_case, latent_header, list_latents, read_latents, window_starts_released, write_latents
+from fvae_nb.generation.latents import air_outside, encode_case, latent_header, list_latents, read_latents, window_starts_released, write_latents
 from fvae_nb.vaes.interface import load_vae
 
 

@@ -46,9 +46,10 @@ def outputs(net, facts, x, z, start):
 
 
 @torch.no_grad()
-def check(case, folder):
+def check(case, folder, fast=False):
     facts, stored = json.loads((folder / f"{case}.json").read_text()), np.load(folder / f"{case}.npz")
     net, i = network(facts), facts["input"]
+    if fast: leanvae.fasten(net)
     x = i["scale"] * torch.stack([torch.from_numpy(smooth_video(i["channels"], i["frames"], i["height"], i["width"], s)) for s in i["seeds"]])
     got = outputs(net, facts, x, torch.from_numpy(stored["latent_mean"]), start=i["frames"] % 4 == 1)
     assert set(stored.files) == set(facts["tolerance"]) and set(stored.files) <= set(got)
@@ -61,8 +62,9 @@ def check(case, folder):
         assert torch.allclose(ours, want, **tolerance)
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("case", SMALL)
-def test_parity_small(case): check(case, FIXTURES / "leanvae")
+def test_parity_small(case, fast): check(case, FIXTURES / "leanvae", fast)
 
 
 @pytest.mark.parametrize("case", FULL)

@@ -63,3 +63,47 @@ def test_tiny_beats_its_control_on_scans_it_never_saw(test_data, file, slices):
     gain = psnr(ct.array, reconstruct(ct, load_vae("tiny")).array) - psnr(ct.array, reconstruct(ct, load_vae("dct-4x8x8-16-causal")).array)
     print(f"{file}: {gain:+.2f} dB over the causal control")
     assert gain >= 1.5
+
+
+_LITTLE = """
+import sys, numpy as np, torch
+torch.set_num_threads(1)
+from fvae_nb.data.ct import ct_volume
+from fvae_nb.reconstruction import operator
+from fvae_nb.vaes.interface import load_vae
+def held(what): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(what)) * 1024
+vae, free = load_vae('tiny'), int(sys.argv[1])
+operator.free_memory = lambda device='cpu': free
+ct = ct_volume(np.random.default_rng(0).normal(0, 300, (49, 256, 256)).astype(np.float32))
+operator.reconstruct(ct_volume(ct.array[:5, :64, :64]), vae)
+before = held('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')                                  # the peak starts anew
+out = operator.reconstruct(ct, vae)
+print(held('VmHWM') - before - out.array.nbytes, operator.chunk_for(vae, ct.shape), float(np.abs(out.array - operator.reconstruct(ct, vae, chunk=16).array).max()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("free, chunk", [(40, 4), (70, 8), (130, 16)])
+def test_a_step_is_chosen_that_fits(free, chunk):
+    "Told of little free memory, the operator takes smaller steps, stays under the limit and gives the same scan"
+    made = subprocess.run([sys.executable, "-c", _LITTLE, str(free * 10**6)], capture_output=True, text=True, check=True).stdout.split()
+    print(f"{free} MB free: {made[1]} slices a step, {int(made[0]) / 1e6:.0f} MB taken, at most {float(made[2]):.1g} HU apart")
+    assert int(made[1]) == chunk and int(made[0]) < free * 10**6 and float(made[2]) < 2e-2
+
+
+def test_free_memory_is_the_lesser_of_machine_and_container(monkeypatch):
+    from pathlib import Path
+    from fvae_nb.reconstruction import operator
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n"}
+    def read(self, *args, **kwargs):
+        if str(self) not in files: raise FileNotFoundError(self)
+        return files[str(self)]
+    monkeypatch.setattr(Path, "read_text", read)
+    assert operator.free_memory() == 4000 * 1024
+    files |= {"/sys/fs/cgroup/memory.max": "3000000\n", "/sys/fs/cgroup/memory.current": "1000000\n"}
+    assert operator.free_memory() == 2000000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"                              # no limit set
+    assert operator.free_memory() == 4000 * 1024
+    files.clear()
+    assert operator.free_memory() is None and operator.chunk_for(load_vae("tiny"), (9, 512, 512)) == 16

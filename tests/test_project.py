@@ -105,3 +105,13 @@ def test_committed_notebooks_are_light_and_clean():
                 picture = out.get("data", {}).get("image/png", "")
                 if len(picture) * 3 / 4 > 220_000: said.append(f"{path.name}: a picture of {len(picture) * .75 / 1000:.0f} KB")
     assert said == []
+
+
+def test_cells_are_short():
+    "A cell is read at a glance: at most 70 lines"
+    long = []
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if {"runs", ".ipynb_checkpoints"} & set(path.parts): continue
+        for n, cell in enumerate(json.loads(path.read_text())["cells"]):
+            if cell["cell_type"] == "code" and (lines := len("".join(cell["source"]).splitlines())) > 70: long.append(f"{path.name} cell {n}: {lines} lines")
+    assert long == []

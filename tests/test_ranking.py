@@ -66,3 +66,10 @@ def test_gain_is_paired():
                                               ([[0], [1]], [[0], [1]], dict(patients=["a"]), "patient keys"), ([[0], [1]], [[0], [1]], dict(names=["a", "b"]), "names for")])
 def test_bad_input(y, s, more, told):
     with pytest.raises(DataError, match=told): ranking(y, s, draws=5, **more)
+
+
+def test_a_draw_that_lost_a_class_is_dropped_and_counted():
+    r = np.random.default_rng(4); y = np.c_[np.arange(40) < 20, np.arange(40) == 0].astype(float); s = y + r.standard_normal((40, 2))
+    out = ranking(y, s, draws=1000); assert .58 < out["macro"]["draws"]/out["draws"] < .68                    # 1 - (39/40)^40
+    assert ranking(y[:, :1], s[:, :1], draws=1000)["macro"]["draws"] == 1000 and ranking_gain(y, s, s + y, draws=1000)["draws"] == out["macro"]["draws"]
+    assert ranking(y*0, s, draws=50)["macro"]["draws"] == 0

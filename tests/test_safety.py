@@ -122,6 +122,40 @@ def test_labels_from_a_folder_and_reconstructions_from_a_run(scans, tmp_path):
     assert "not the file its sidecar was written for" in json.loads((again.folder/"failed/tiny/p0.json").read_text())["reason"]
 
 
+@pytest.mark.parametrize("what", ["labels/p0", "back/tiny/p0", "back/gaussian-as-tiny/p0", "mask", "recon"])
+def test_a_result_is_made_again_when_anything_it_was_read_from_changed(scans, tmp_path, what):
+    from fvae_nb.jobs import reconstruct
+    scan, remade = scans/"p0.nii.gz", lambda: reconstruct.run(reconstruct.Params(vae=["tiny"], cases=[str(scans/"p0.nii.gz")], control=False, run=str(tmp_path/"recon"), device="cpu"))
+    remade(); ct = read_ct(scan); mine, files = half_body(ct), {n: tmp_path/f"{n}.nii.gz" for n in ("labels/p0", "back/tiny/p0", "back/gaussian-as-tiny/p0", "mask")}
+    for f in files.values(): write_ct(mine, f)
+    params = job.Params(vae=["tiny"], cases=[str(scan)], segmenter="folder", labels=str(tmp_path/"labels"), labels_back=str(tmp_path/"back"), reconstructions=str(tmp_path/"recon"), masks={"p0": str(tmp_path/"mask.nii.gz")},
+                        denoisers=["gaussian"], run=str(tmp_path/"run"), device="cpu")
+    first = job.run(params); sidecar = first.folder/"cases/tiny/p0.json"; was = sidecar.read_bytes()
+    job.run(params); assert sidecar.read_bytes() == was and not list((first.folder/"failed").rglob("*.json"))       # nothing changed, nothing is done
+    if what == "recon":
+        unit = Unit("tiny", "p0"); run = Run(tmp_path/"recon"); run.sidecar(unit).unlink(); volume = read_ct(tmp_path/"recon/volumes/tiny/p0.nii.gz")
+        from fvae_nb.running.cases import publish
+        part = tmp_path/"part.nii.gz"; write_ct(volume.with_array(volume.array + 3), part, "int16"); publish(run, unit, part, tmp_path/"recon/volumes/tiny/p0.nii.gz", dict(identity=json.loads(was)["identity"]))
+    else: write_ct(mine.with_array(np.roll(mine.array, 2, 2)), files[what])
+    job.run(params); assert sidecar.read_bytes() != was and json.loads(sidecar.read_text())["identity"] != json.loads(was)["identity"]
+
+
+def test_the_middle_slices_of_everything_that_is_given(tmp_path):
+    "Scan, labels, labels of the reconstruction, mask and reconstruction are whole; slices = 5 looks at the same five of each"
+    from fvae_nb.augmentation.stability import case_stability, hu_change
+    from fvae_nb.jobs import reconstruct
+    from fvae_nb.jobs.residual import middle
+    scan = tmp_path/"s/p0.nii.gz"; write_ct(ellipsoid_thorax((12, 56, 64), (8., 5., 5.)), scan); ct = read_ct(scan)
+    reconstruct.run(reconstruct.Params(vae=["dct"], cases=[str(scan)], control=False, run=str(tmp_path/"recon"), device="cpu")); back = read_ct(tmp_path/"recon/volumes/dct/p0.nii.gz")
+    organ = half_body(ct); lesion = np.zeros(ct.shape, np.uint8); lesion[5, 20:30, 20:30] = lesion[6, 10:30, 20:30] = 1; again = np.roll(organ.array, 1, 1); again[:3] = 0    # differs outside the middle too
+    write_ct(organ, tmp_path/"labels/p0.nii.gz"); write_ct(ct.with_array(again), tmp_path/"back/dct/p0.nii.gz"); write_ct(ct.with_array(lesion), tmp_path/"mask.nii.gz")
+    found = job.results(job.run(job.Params(vae=["dct"], cases=[str(scan)], slices=5, segmenter="folder", labels=str(tmp_path/"labels"), labels_back=str(tmp_path/"back"), reconstructions=str(tmp_path/"recon"), masks={"p0": str(tmp_path/"mask.nii.gz")},
+                        control=False, denoisers=[], run=str(tmp_path/"run"), device="cpu")).folder)[0]
+    few = lambda v: middle(v, 5); want = case_stability(few(ct), few(ct.with_array(back.array)), few(organ), few(ct.with_array(again)), {"label 7": (7,)})
+    got = found["models"]["dct"]; assert found["shape"][0] == 5 and got["stability"]["symmetric"] == pytest.approx(want["symmetric"]) and want["symmetric"] < 1
+    assert got["masks"]["label 1"]["bias"] == pytest.approx(hu_change(few(ct), few(ct.with_array(back.array)), few(ct.with_array(lesion)).array > 0)["bias"])
+
+
 def test_reconstruction_of_another_scan_is_refused(scans, tmp_path):
     from fvae_nb.jobs import reconstruct
     other = tmp_path/"other/p0.nii.gz"; other.parent.mkdir(); shutil.copy(scans/"p1.nii.gz", other)
@@ -146,3 +180,14 @@ def test_smoke_preset_and_bad_parameters():
 def test_random_weights_get_no_verdict(scans, tmp_path):
     run = job.run(job.Params(vae=["leanvae-random"], cases=[str(scans/"p0.nii.gz")], control=False, denoisers=[], run=str(tmp_path/"run"), device="cpu"))
     assert job.verdicts(run.folder)["leanvae-random"]["sentence"] == "leanvae-random: untrained weights, no verdict"
+
+
+def test_a_segmenter_in_a_package_is_found_through_the_command_line(scans, tmp_path, monkeypatch):
+    "package.module:function has a dot: it must not be taken for a file and made absolute"
+    from fvae_nb.running.jobs import make_params
+    (tmp_path/"clinic").mkdir(); (tmp_path/"clinic/__init__.py").write_text("")
+    (tmp_path/"clinic/tools.py").write_text("import numpy as np\ndef body(ct): return ct.with_array((ct.array > -500).astype(np.uint8))\n")
+    monkeypatch.syspath_prepend(str(tmp_path)); monkeypatch.chdir(tmp_path)
+    params = make_params("safety", ["vae=dct", f"cases={scans/'p0.nii.gz'}", "segmenter=clinic.tools:body", "control=false", "denoisers=[]", "device=cpu"], run=str(tmp_path/"run"))
+    assert params.segmenter == "clinic.tools:body"
+    assert job.results(job.run(params).folder)[0]["models"]["dct"]["stability"]["symmetric"] <= 1

@@ -10,8 +10,10 @@ from fvae_nb.data.ct import ct_volume
 from fvae_nb.generation.conditions import encode_mask
 from fvae_nb.generation.denoiser import Denoiser, DenoiserConfig
 from fvae_nb.generation.diffusion import denoise, make_scheduler, noise_schedule
-from fvae_nb.generation.sampling import (SamplingConfig, SamplingError, chained_frame, find_generator, fused_predict, matched_windows, released_runs, released_windows, sample, sample_steps)
-from fvae_nb.generation.training import Generator, Scaling, TrainingError
+from fvae_nb.generation import sampling
+from fvae_nb.generation.sampling import (SamplingConfig, SamplingError, chained_frame, find_generator, matched_windows, named_noise, released_runs, released_windows, sample, sample_steps)
+from fvae_nb.generation.training import Generator, Scaling
+from fvae_nb.vaes import interface
 from fvae_nb.vaes.interface import Latent, load_vae
 
 WINDOWS = json.loads((FIXTURES / "sampling/windows.json").read_text())["cases"]
@@ -122,6 +124,79 @@ def test_every_slice_of_any_length_is_drawn_in_its_place(tiny, length, n):
     assert np.median(wrong) < 3 and wrong.max() < worst         # chained frames may differ where what is pinned differs
 
 
+class Recorder(Oracle):
+    "Answers anything, and keeps what it was shown"
+    def __init__(self): super().__init__(); self.shown = []
+    def forward(self, z, t, condition=None, text=None):
+        self.shown.append((z.clone(), float(t.flatten()[0])))
+        return .3*z + .1*condition[:, :16]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    "The latents of windows as they are decoded, on the network's scale"
+    seen, decode = [], sampling._Task.decode
+    monkeypatch.setattr(sampling._Task, "decode", lambda task, z, slices: (seen.append(z.clone()), decode(task, z, slices))[1])
+    return seen
+
+
+def test_frame_0_of_a_released_window_is_what_the_release_puts_there(tiny, drawn):
+    "At each call: the last frame of the window before, at the level of the step's index counted down (the release's mistake), under noise of its own"
+    net, steps, abar = Recorder(), 4, noise_schedule()["alphas_cumprod"]
+    sample(_generator(net, objective="eps"), tiny, _masks(130), config=SamplingConfig(sampler="ddim", steps=steps, length="released", released_times=True, seed=3), case="c")
+    assert len(net.shown) == 4*steps and len(drawn) == 4                                   # slices 0 and 65, then 32 and 65 again
+    for number, first in ((1, 0), (2, 2)):                                                 # the pass, and which of the drawn windows begins it
+        start, follows = drawn[first], net.shown[(first + 1)*steps:(first + 2)*steps]
+        previous = start[:, :, -1:]
+        def wanted(level, step): return abar[level].sqrt()*previous + (1 - abar[level]).sqrt()*named_noise(previous.shape, 3, "c", number, 1, "chain", step)
+        assert [t for _, t in follows] == [751, 501, 251, 1]
+        levels = [(999, -1)] + [(steps - 1 - step, step) for step in range(steps)]         # before the first call, then after every step
+        for (z, _), (level, step) in zip(follows, levels): assert torch.allclose(z[:, :, :1], wanted(level, step), atol=1e-5), (number, step)
+        assert torch.allclose(drawn[first + 1][:, :, :1], wanted(0, steps - 1), atol=1e-5)
+        assert torch.equal(follows[0][0][:, :, 1:], named_noise(start.shape, 3, "c", number, 1, "start")[:, :, 1:])
+        assert torch.equal(net.shown[first*steps][0], named_noise(start.shape, 3, "c", number, 0, "start"))
+
+
+@pytest.mark.parametrize("objective,sampler", [("eps", "ddim"), ("flow", "flow"), ("eps", "dpm")])
+def test_matched_windows_pin_what_is_drawn_at_the_level_of_the_call(tiny, drawn, objective, sampler):
+    "At each call the shared slices, encoded alone, under noise of that call's level; in the end without noise"
+    from fvae_nb.data.ct import window_ct
+    from fvae_nb.generation.diffusion import amplitudes
+    net, steps, scaling = Recorder(), 4, Scaling(.1, 2.)
+    out = sample(replace(_generator(net, objective=objective), scaling=scaling), tiny, _masks(130), config=SamplingConfig(sampler=sampler, steps=steps, length="matched"), case="c")
+    assert len(net.shown) == 3*steps
+    for k, (a, slices, frames) in enumerate(((64, 1, 1), (65, 61, 16)), 1):                # of 64 known slices of the last window 61 fill whole frames
+        pinned = scaling.enter(tiny.encode(torch.from_numpy(window_ct(out.array[a:a + slices]))[None, None]).values)
+        own = named_noise(drawn[k].shape, 0, "c", 1, k, "start")
+        assert pinned.shape[2] == frames
+        for z, t in net.shown[k*steps:(k + 1)*steps]:
+            x, s = amplitudes(torch.tensor([t]), objective)
+            assert torch.allclose(z[:, :, :frames], x*pinned + s*own[:, :, :frames], atol=1e-4), (k, t)
+        assert torch.equal(net.shown[k*steps][0][:, :, frames:], own[:, :, frames:])
+        assert torch.allclose(drawn[k][:, :, :frames], pinned, atol=1e-4)
+
+
+def test_the_authors_checkpoint_is_read_strictly(tmp_path, monkeypatch):
+    "A small Lightning file with what lies beside the network in the released ones; a key of no known kind is refused"
+    from fvae_nb.generation import denoiser
+    from fvae_nb.generation.denoiser import DenoiserError, to_released
+    small = DenoiserConfig(latent=4, condition=4, text=16, channels=(32, 64), blocks=1, attention=(False, True), head=8)
+    monkeypatch.setattr(denoiser, "sized", lambda name, padding: small.model_copy(update=dict(padding=padding)))
+    monkeypatch.setattr(interface, "find_weights", lambda entry: tmp_path)
+    torch.manual_seed(2); net = Denoiser(small.model_copy(update=dict(padding="reflect"))).eval()
+    for p in net.parameters(): nn.init.normal_(p, std=.05)
+    state = {f"model.diffusion_model.{k}": v for k, v in to_released(net).items()} | {"betas": torch.zeros(1000), "first_stage_model.x": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    torch.save(dict(state_dict=state, epoch=61), tmp_path/"epoch=000061.ckpt")
+    found = find_generator("official-multi")
+    z, m, text, t = torch.randn(1, 4, 5, 8, 8), torch.randn(1, 4, 5, 8, 8), torch.randn(1, 7, 16), torch.tensor([700])
+    with torch.no_grad(): assert torch.equal(found.model(z, t, m, text), net(z, t, m, text))
+    assert (found.objective, found.mode, found.scaling.scale, found.model.config.padding) == ("eps", "released", 1.52, "reflect")
+    torch.save(dict(state_dict=state | {"control.weight": torch.zeros(1)}), tmp_path/"epoch=000061.ckpt")
+    with pytest.raises(DenoiserError, match="control.weight.*not of the released layout"): find_generator("official-multi")
+    (tmp_path/"epoch=000061.ckpt").write_bytes(b"half a file")
+    with pytest.raises(interface.WeightsError, match="damaged"): find_generator("official-multi")
+
+
 def test_fused_windows_are_one_pass_for_a_network_without_slices(tiny):
     torch.manual_seed(1)
     net = Denoiser(DenoiserConfig(latent=16, condition=48, text=8, channels=(32,), blocks=1, attention=(False,), slices="none")).eval()
@@ -188,6 +263,7 @@ def test_what_cannot_work_is_told(tiny, small):
     with pytest.raises(SamplingError, match="begin anywhere"): sample(_generator(small, mode="released"), tiny, organs, config=SamplingConfig(length="fused"))
     with pytest.raises(SamplingError, match="resample one onto the other"): sample(_generator(small), tiny, organs, _masks(10))
     with pytest.raises(SamplingError, match="use whole or fused"): sample(_generator(small, vae="dct-4x8x8-16"), load_vae("dct-4x8x8-16"), organs, config=SamplingConfig(length="matched"))
+    with pytest.raises(SamplingError, match="length = matched: .*use auto, whole or fused"): next(sample_steps(_generator(small), tiny, organs, config=SamplingConfig(length="matched")))
     with pytest.raises(SamplingError, match="no such file or folder"): find_generator("nowhere/at/all")
     with pytest.raises(ValueError, match="at most half a window"): SamplingConfig(window=8, overlap=5)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
-from fvae_nb.augmentation.segmenters import NNUNet, RECIPES, Recipe, cut_patch, load_segmenter, plan_levels, score, to_grid, train_nnunet, train_segmenter
+from fvae_nb.augmentation.segmenters import NNUNet, RECIPES, Recipe, Segmenter, build_net, cut_patch, load_segmenter, plan_levels, score, to_grid, train_nnunet, train_segmenter
 from fvae_nb.data.ct import DataError, ct_volume
 
 TINY = replace(RECIPES["small"], patch=(8, 16, 16), filters=(4, 8, 8), steps=2)
@@ -69,6 +69,38 @@ def test_nnunets_rule_for_strides():
     assert plan_levels((1., 1., 1.), (96, 96, 96), 5)[1] == [[1, 1, 1]] + [[2, 2, 2]]*4
     kernels, strides = plan_levels((5., .8, .8), (16, 64, 64), 4)
     assert kernels[0] == [1, 3, 3] and strides[1] == [1, 2, 2] and kernels[-1] == [3, 3, 3]
+    kernels, strides = plan_levels((5., 3., 3.), (8, 48, 48), 4)              # slices come to be the finest axis: 10, 24, 24 mm at the bottom, which sees all axes still
+    assert kernels == [[3, 3, 3]]*4 and strides == [[1, 1, 1], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
+    net = build_net(replace(RECIPES["small"], patch=(8, 48, 48)), (5., 3., 3.), 1)
+    assert sum(p.numel() for p in {id(p): p for p in net.parameters()}.values()) == 340_522
+
+
+def threshold_net(recipe, spacing, level=0.):
+    "A net that knows one thing: label 1 where the picture lies above `level`"
+    import torch
+    class Above(torch.nn.Module):
+        def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.tensor(20.))
+        def forward(self, x): return torch.cat([-self.w*(x - level), self.w*(x - level)], 1)
+    return Segmenter(Above(), recipe, spacing, ["bright"])
+
+
+@pytest.mark.parametrize("grid", [None, (5., 2., 2.), (2.5, 3., 1.2)])
+@pytest.mark.parametrize("shape, spacing, low, high", [((9, 30, 26), (5., 2., 2.), (1, 3, 12), (4, 12, 24)), ((24, 40, 34), (2., 1.5, 2.5), (14, 4, 20), (22, 18, 31)), ((6, 12, 14), (5., 2., 2.), (0, 0, 0), (3, 6, 5))])
+def test_labels_lie_where_the_scan_has_them(shape, spacing, low, high, grid):
+    "Windows, air around small scans, resampling there and back: a box off centre in every axis stays where it is"
+    box = np.zeros(shape, np.uint8); box[tuple(map(slice, low, high))] = 1
+    ct = ct_volume(np.where(box, 800, -800).astype(np.float32), spacing)
+    net = threshold_net(replace(TINY, spacing_mm=grid), grid or spacing); found = net(ct).array
+    middle = lambda m: np.argwhere(m).mean(0)
+    assert (found == box).all() if grid is None else 2*(found*box).sum()/(found.sum() + box.sum()) > .85 and np.abs((middle(found) - middle(box))*spacing).max() < .5*max(*spacing, *grid)
+
+
+def test_surface_scores_are_in_millimetres():
+    ct, _ = ball(0, (12, 30, 30), (5., 2., 1.)); box = np.zeros(ct.shape, np.uint8); box[3:8, 8:20, 8:20] = 1
+    truth = ct.with_array(box); moved = lambda axis: ct.with_array(np.roll(box, 1, axis)); nsd = lambda axis, mm: score(truth, moved(axis), ["a"], mm)["nsd.a"]
+    assert nsd(2, 1.01) == nsd(1, 2.01) == nsd(0, 5.01) == 100 and max(nsd(1, 1.5), nsd(0, 4.5)) < 99
+    from fvae_nb.metrics.masks import surface_dice
+    assert nsd(0, 4.5) == pytest.approx(100*surface_dice(box > 0, np.roll(box, 1, 0) > 0, (5., 2., 1.), 4.5))
 
 
 def test_scores_of_empty_masks():

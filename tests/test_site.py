@@ -65,6 +65,16 @@ def test_the_map_knows_the_theorem_and_the_tables():
     assert paper_items("Sections 3.1 and eq. (5)") == ["Section 3.1", "Equation 5"]
 
 
+def test_the_map_tells_what_a_chapter_costs():
+    from fvae_nb.running.site import map_page
+    page = map_page({"a.ipynb": ("A", "why?", "", ["Table 1"]), "b.ipynb": ("B", "how?", "", [])}, {"a.ipynb": {"cpu_s": 12, "peak_mb": 1536}})
+    assert "| [A](a.ipynb) | why? | 12 s, 1.5 GB | Table 1 |" in page and "| [B](b.ipynb) | how? |  |  |" in page
+    import json
+    costs = json.loads((ROOT / "nbs/costs.json").read_text())
+    assert all(c["cpu_s"] < 300 and 50 < c["peak_mb"] < 8192 for c in costs.values())
+    assert costs.keys() == json.loads((ROOT / "nbs/outputs.json").read_text()).keys()          # each execution writes both
+
+
 def test_links_out_of_the_site_become_words(staged, tmp_path):
     source, chapters = staged
     for name in [*chapters, "index.ipynb"]:
@@ -110,3 +120,11 @@ def test_the_site_is_whole_and_works_without_a_network(tmp_path):
         page.driver.switch_to.frame(page.find("iframe.fvae-viewer")[0])
         page.wait(lambda: page.script("return document.body.dataset.ready"), what="for the viewer")
         assert page.requests() == [] and page.errors() == []
+
+
+def test_nothing_but_a_site_is_ever_wiped(tmp_path):
+    from fvae_nb.running.site import build
+    (tmp_path / "nbs").mkdir(); (tmp_path / "nbs/index.ipynb").write_text("{}"); (tmp_path / "mine").mkdir(); (tmp_path / "mine/thesis.txt").write_text("x")
+    for out in (tmp_path, tmp_path.parent, tmp_path / "mine"):
+        with pytest.raises(FileExistsError, match="other things than a site"): build(tmp_path, out)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "x" and (tmp_path / "nbs/index.ipynb").exists()

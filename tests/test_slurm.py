@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,20 +70,21 @@ def tree(run): return {str(p.relative_to(run)): __import__("hashlib").sha256(p.r
 def test_an_array_does_a_run_and_the_chain_goes_on(cluster, here):
     (here / "in").mkdir(); scans(here / "in", 6)
     given = [f"cases={here / 'in'}", "vae=dct"]
-    first = slurm.submit("reconstruct", given=given, run=str(here / "a"), shards=3, res=slurm.resources(gpus=1, cpus=1))
+    first = slurm.submit("reconstruct", given=given, run=str(here / "a run"), shards=3, res=slurm.resources(gpus=1, cpus=1))
     second = slurm.submit("residual", after=[first], given=given + ["slices=5", "wide=5"], run=str(here / "b"), res=slurm.resources(cpus=1))
     assert set(cluster.wait(first).values()) == {"COMPLETED"} and len(cluster.tasks(first)) == 3
     assert set(cluster.wait(second).values()) == {"COMPLETED"}
-    for run in ("a", "b"): s = status(here / run); assert s["total"] and s["done"] == s["total"]
-    seen = {json.loads(p.read_text())["cuda"] for p in (here / "a").glob("shards/*/attempt-*/attempt.json")}
+    for run in ("a run", "b"): s = status(here / run); assert s["total"] and s["done"] == s["total"]
+    seen = {json.loads(p.read_text())["cuda"] for p in (here / "a run").glob("shards/*/attempt-*/attempt.json")}
     assert seen <= {"0", "1"}                                                     # the index within the node
     assert {json.loads(p.read_text())["cuda"] for p in (here / "b").glob("shards/*/attempt-*/attempt.json")} == {""}      # no --gres: no GPU seen
-    rows = slurm.queue(here / "a")
+    assert len(list((here / "a run/slurm").glob("reconstruct-*.out"))) == 3        # a folder with a blank in its name
+    rows = slurm.queue(here / "a run")
     assert {r["state"] for r in rows} == {"COMPLETED"} and {r["task"] for r in rows} == {"0", "1", "2"}
-    here_run = subprocess.run([*FVAE, "status", str(here / "a")], capture_output=True, text=True)
+    here_run = subprocess.run([*FVAE, "status", str(here / "a run")], capture_output=True, text=True)
     assert here_run.returncode == 0 and f"job {first}_0 (reconstruct): COMPLETED" in here_run.stdout
     local = subprocess.run([*FVAE, "run", "reconstruct", "-p", given[0], "-p", given[1], "--run", str(here / "c")], capture_output=True, text=True)
-    assert local.returncode == 0 and tree(here / "c") == tree(here / "a")         # the same bytes as on one machine
+    assert local.returncode == 0 and tree(here / "c") == tree(here / "a run")         # the same bytes as on one machine
 
 
 @pytest.mark.slow
@@ -241,9 +243,51 @@ def test_settings_fill_the_script(in_tmp):
     with pytest.raises(SettingsError, match="slurm.queue"): slurm.resources()
 
 
+def test_time_runs_out_and_the_run_says_so(in_tmp):
+    "USR1, as Slurm sends it before the limit: the run ends orderly with a code that asks for another try, and goes on"
+    scans(in_tmp, 3)
+    command = [*FVAE, "run", "reconstruct", "-p", "vae=dct", "-p", f"cases={in_tmp}", "-p", "control=false", "--run", "r"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    p = subprocess.Popen(command, env=env | {"FVAE_TEST_HOOK": "compute:*:sleep3"}, stdout=subprocess.PIPE, text=True)
+    assert eventually(lambda: list((in_tmp / "r").glob("shards/*/attempt-*/events.jsonl")), 60)
+    p.send_signal(signal.SIGUSR1)
+    out, _ = p.communicate(timeout=60)
+    assert p.returncode == 128 + signal.SIGUSR1 and p.returncode in slurm.AGAIN and "stopped by SIGUSR1" in out
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 0 and status(in_tmp / "r")["done"] == 3
+
+
+def test_what_would_be_ignored_is_refused(in_tmp):
+    def said(*argv):
+        r = subprocess.run([*FVAE, "submit", *argv], capture_output=True, text=True)
+        assert r.returncode == 2, r.stdout
+        return r.stderr
+    assert "--gpus: not for a pipeline" in said("pipeline", "-f", "smoke", "--run", "p", "--gpus", "2", "--dry-run")
+    assert "--only-missing: not for Kubernetes" in said("reconstruct", "--backend", "k8s", "--dry-run", "--only-missing")
+    assert "not a training that several nodes can share" in said("reconstruct", "--nodes", "2", "--dry-run")
+
+
+def test_an_answer_that_never_comes_is_not_called_a_refusal(monkeypatch, in_tmp):
+    "sbatch and the question after it both time out: nobody knows, and we say so"
+    def silent(*argv, **k):
+        if argv[0] == "sinfo": return "slurm 22"
+        raise slurm.ClusterDown(f"{argv[0]}: no answer in 15 s")
+    monkeypatch.setattr(slurm, "_ask", silent); monkeypatch.setattr(slurm, "cluster", dict)
+    with pytest.raises(slurm.ClusterDown) as e: slurm.submit("pretrain_tiny", run=str(in_tmp / "a"))
+    assert e.value.unsure
+    def dead(*argv, **k): raise slurm.ClusterDown(f"{argv[0]}: the controller cannot be reached (x)")
+    monkeypatch.setattr(slurm, "_ask", dead)
+    with pytest.raises(slurm.ClusterDown) as e: slurm.submit("pretrain_tiny", run=str(in_tmp / "a"))
+    assert not e.value.unsure and slurm.submitted(in_tmp / "a") == []
+
+
 def test_several_nodes_use_srun(in_tmp):
     text = slurm.prepare("train_denoiser" if "train_denoiser" in slurm_jobs() else "pretrain_tiny", run="r", res=slurm.resources(nodes=2, gpus=4))["script"]
-    assert "#SBATCH --nodes=2" in text and "#SBATCH --ntasks-per-node=1" in text and "\nsrun " in text
+    assert "#SBATCH --nodes=2" in text and "#SBATCH --ntasks-per-node=1" in text and "\nsrun " in text and " join train_denoiser " in text
+    assert "requeue(75)" in text.split("trap ")[1].split("USR1")[0] and text.rstrip().splitlines()[-1].startswith("exec ")
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    trial = re.sub(r"srun .* &", "sleep 30 > /dev/null &", text.replace(sys.executable, "echo"))              # bash alone: the signal reaches the trap, not a corpse
+    p = subprocess.Popen(["bash", "-c", trial], stdout=subprocess.PIPE, text=True); time.sleep(1); p.send_signal(signal.SIGUSR1)
+    assert "requeue(75)" in p.communicate(timeout=20)[0] and p.returncode == 1
 
 
 def slurm_jobs():
@@ -251,11 +295,12 @@ def slurm_jobs():
     return jobs_available()
 
 
-def test_requeue_outside_slurm_changes_nothing(monkeypatch):
+def test_requeue_outside_slurm_changes_nothing(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert [slurm.requeue(c) for c in (0, 1, 75)] == [0, 1, 75]
     monkeypatch.setenv("SLURM_JOB_ID", "7"); monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     assert slurm.requeue(1) == 1 and slurm.requeue(0) == 0 and slurm.requeue(75) == 1
+    assert "restarted 5 times already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, says", [
@@ -294,6 +339,9 @@ def test_kubernetes_text(in_tmp):
     assert (doc["kind"], spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Job", "Indexed", 8, 4)
     assert box["resources"]["limits"] == {"cpu": "2", "memory": "32Gi", "nvidia.com/gpu": "2"}
     assert box["env"][0]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    from fvae_nb.running.jobs import make_params
+    texts = [box["command"][k + 1] for k, w in enumerate(box["command"]) if w == "-p"]                      # nothing is written: the parameters travel in the text
+    assert make_params("reconstruct", texts).vae == ["dct"] and "-f" not in box["command"]
     assert box["command"][box["command"].index("--shard") + 1] == "$(SHARD)" and box["command"][box["command"].index("--shards") + 1] == "8"
     assert box["volumeMounts"][0]["mountPath"] == str(Path.cwd())
     r = subprocess.run([*FVAE, "submit", "reconstruct", "--backend", "k8s"], capture_output=True, text=True)

@@ -111,6 +111,17 @@ def test_hu_of_organ_and_core():
     assert hu_change(ct.with_array(ct.array + 5000), ct.with_array(ct.array + 2000), organ)["bias"] == 0     # both outside the window
 
 
+@pytest.mark.parametrize("spacing", [(5., 1., 1.), (1., 1., 1.), (3.27, .98, .98), (1.2, 2.5, .7)])
+def test_a_core_is_as_deep_in_every_direction(spacing):
+    "Against every pair of voxels: the distance of a centre to the boxes of the voxels outside, the volume's border included"
+    from scipy.ndimage import gaussian_filter
+    rng = np.random.default_rng(0); organ = gaussian_filter(rng.normal(size=(11, 20, 18)), 2) > -.1
+    outside = np.argwhere(np.pad(~organ, 1, constant_values=True)) - 1; core = np.zeros_like(organ)
+    for v in np.argwhere(organ): core[tuple(v)] = np.sqrt(((np.maximum(abs(outside - v) - .5, 0)*spacing)**2).sum(1)).min() > 3
+    ct = ct_volume(np.zeros(organ.shape, np.float32), spacing); change = rng.uniform(-500, 500, organ.shape).astype(np.float32)
+    assert 5 < core.sum() < .8*organ.sum() and hu_change(ct, ct.with_array(change), organ)["core"] == pytest.approx(change[core].mean(), abs=1e-3)
+
+
 def test_interval_covers_and_says_when_it_cannot():
     rng = np.random.default_rng(0)
     covered = sum(low <= .3 <= high for _, low, high, _ in (mean_interval(rng.normal(.3, .1, 25), draws=400, seed=s) for s in range(120)))

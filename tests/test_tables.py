@@ -31,7 +31,7 @@ def test_two_kinds_explain_a_pair_exactly():
 
 def scores():
     f = dict(value=.5, floor=.4, floor_n=6, same_n=.5)
-    return dict(n=6, fvd=f, kid=f, fid={p: f for p in ("axial", "sagittal", "coronal")} | {"avg": f}, i2i=dict(score=70.), t2i=dict(score=40.), avg=55., real=dict(i2i_other_case=20., t2i=60., t2i_other_prompt=30.))
+    return dict(n=6, fvd=f, kid=f, fid={p: f for p in ("axial", "sagittal", "coronal")} | {"avg": {k: v for k, v in f.items() if k != "floor_n"}}, i2i=dict(score=70.), t2i=dict(score=40.), avg=55., real=dict(i2i_other_case=20., t2i=60., t2i_other_prompt=30.))
 
 
 def tables():
@@ -82,3 +82,23 @@ def test_markup_cannot_break_a_table():
 
 
 def test_the_printed_segmentation_is_whole(): assert len(SEGMENTATION1) == 8 and all(len(v) == 6 for v in SEGMENTATION1.values())
+
+
+def test_a_floor_row_carries_the_floors_n_in_every_cell():
+    s = scores() | dict(n=12); t = table2([dict(split="normal", method="m", scores=s, source={"run": "r"}, features="CT-CLIP")], paper=False); floor = t.rows[1]
+    assert floor[1].endswith("(n = 6)") and [c.n for c in floor[2:7]] == [6]*5 and [c.value for c in floor[2:7]] == [.4]*5 and [c.n for c in t.rows[0][2:7]] == [12]*5
+
+
+def test_other_features_rename_the_columns():
+    head = lambda told: table2([dict(split="normal", method="m", scores=scores(), features=told)], paper=True)
+    for told in ("CT-Net; RadImageNet ResNet-50", "CT-CLIP (vlm3d)", "CT-CLIP (strata of four: B2); RadImageNet ResNet-50", "CT-CLIP; RadImageNet ResNet-50 (fixed window)"):
+        t = head(told); assert "Frechet, volumes" in t.head and "FVD CT-CLIP" not in t.head and "other features, not comparable" in t.title
+    for told in ("CT-CLIP; RadImageNet ResNet-50", "CT-CLIP"): assert "FVD CT-CLIP" in head(told).head and "comparable" not in head(told).title
+    assert "stand-in features" in head("tiny VAE latents (stand-in, 64^3 at 5 mm)").title
+
+
+def test_several_segmenters_have_a_column_of_their_own():
+    g = {"lung": dict(dice=50., iou=33., median=50., n=4, n_zero=0)}; row = lambda by: dict(method="m", by=by, groups=g, source={"run": "r"}, segmenter=f"what {by} is")
+    both, one = table3([row("net"), row("thresholds")]), table3([row("net")])
+    assert both.head[:2] == ("method", "segmented by") and [r[1] for r in both.rows[:2]] == ["net", "thresholds"] and all(len(r) == len(both.head) for r in both.rows) and "net: what net is" in both.notes
+    assert one.head[1] == "lung Dice" and "Segmented by what net is." in one.notes and all(len(r) == len(one.head) for r in one.rows)

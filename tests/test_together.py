@@ -51,6 +51,29 @@ def test_a_death_is_told_and_nobody_is_left(in_tmp, monkeypatch):
     assert subprocess.run(["pgrep", "-f", str(in_tmp / "x")], capture_output=True, text=True).stdout == ""
 
 
+def test_one_process_dies_and_takes_the_other_along(in_tmp):
+    "Rank 1 is killed in the middle of a long training; rank 0 is stopped, so that only we can end it"
+    from fvae_nb.running.jobs import make_params
+    import threading
+    params, told = make_params("pretrain_tiny", ["device=cpu", "processes=2", "batch=2", "late_batch=2", "frames=5", "late_frames=5", "size=32", "late_size=32", "steps=100000", "every=100000"]), []
+    def work():
+        try: slurm.together("pretrain_tiny", params, in_tmp / "x", 2)
+        except RuntimeError as error: told.append(str(error))
+    t = threading.Thread(target=work); t.start()
+    def ranks():
+        found = {}
+        for p in Path("/proc").glob("[0-9]*"):
+            try: env, words = (p / "environ").read_bytes().split(b"\0"), (p / "cmdline").read_bytes()
+            except OSError: continue
+            if str(in_tmp / "x").encode() in words and b"_member()" in words: found |= {int(e[5:]): int(p.name) for e in env if e.startswith(b"RANK=")}
+        return found
+    both = eventually(lambda: r if len(r := ranks()) == 2 else None, 60); assert both
+    time.sleep(8)                                                                 # well inside the steps
+    os.kill(both[0], signal.SIGSTOP); os.kill(both[1], signal.SIGKILL); t.join(30)
+    assert not t.is_alive() and "process 1 of 2 ended with -9" in told[0]
+    assert ranks() == {}
+
+
 def test_a_job_that_is_no_training(in_tmp):
     from fvae_nb.running.jobs import make_params
     with pytest.raises(RuntimeError, match="not a training that several processes can share"): slurm.together("reconstruct", make_params("reconstruct"), in_tmp / "x", 1)

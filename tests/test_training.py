@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fvae_nb.generation.denoiser import Denoiser, DenoiserConfig
-from fvae_nb.generation.training import Generator, Scaling, TrainingConfig, TrainingError, held_out_loss, load_generator, measure_scaling, newest_checkpoint, pack_generator, save_checkpoint, train, training_batch, whole_checkpoint
+from fvae_nb.generation.training import Scaling, TrainingConfig, TrainingError, channel_weights, diffusion_loss, held_out_loss, load_generator, measure_scaling, newest_checkpoint, pack_generator, train, training_batch, whole_checkpoint
+from fvae_nb.vaes.interface import WeightsError
 
 TOY = DenoiserConfig(latent=3, condition=2, text=8, channels=(32, 32), blocks=1, attention=(False, False), slices="depthwise")
 
@@ -106,6 +107,53 @@ def test_examples_depend_on_seed_and_place_alone():
     assert len(set(seen)) == 7                                               # an epoch shows every case once
 
 
+def test_cases_of_unequal_length_need_a_crop(tmp_path):
+    cases = [toy_case(0, 5), toy_case(1, 7)]
+    with pytest.raises(TrainingError, match=r"^frames = 0: .*toy0 has \(3, 5, 4, 4\), toy1 has \(3, 7, 4, 4\).; set frames[^\n]*$"): training_batch(cases, TrainingConfig(batch=2), Scaling(), 4, 0)
+    with pytest.raises(TrainingError, match="frames = 6"): training_batch(cases, TrainingConfig(batch=2, frames=6), Scaling(), 4, 0)
+    many = [toy_case(n) for n in range(40)] + cases[1:]                                                  # they may meet after hours only: told at once
+    with pytest.raises(TrainingError, match="toy1 has"): trained(tmp_path / "many", TrainingConfig(steps=1, batch=2), cases=many)
+    assert not (tmp_path / "many").exists() and len(trained(tmp_path / "one", TrainingConfig(steps=1, batch=1), cases=many)[1]) == 1
+    assert training_batch(cases, TrainingConfig(batch=2, frames=5), Scaling(), 4, 0)["z0"].shape[2] == 5
+    assert len(training_batch(cases, TrainingConfig(batch=1), Scaling(), 4, 0)["z0"]) == 1
+
+
+def test_channels_weigh_what_is_seen_of_them(tmp_path):
+    assert channel_weights([1., 2.], 1).flatten().tolist() == pytest.approx([2/3, 4/3])
+    assert channel_weights([1., 2.], 2).flatten().tolist() == pytest.approx([.4, 1.6])
+    assert channel_weights([1., 2.], 0) is None
+    with pytest.raises(TrainingError, match="hold no visibility"): channel_weights(None, 1)
+    batch = training_batch(CASES, TrainingConfig(batch=2), Scaling(), 4, 0)
+    loss = lambda weights: float(diffusion_loss(lambda z, *rest: torch.zeros_like(z), batch, TrainingConfig(batch=2), weights))
+    by = (batch["noise"] - batch["z0"]).square().mean((0, 2, 3, 4))                                      # what flow asks for, against an answer of nothing
+    assert loss(None) == pytest.approx(float(by.mean())) and loss(channel_weights([1., 2., 4.], 1)) == pytest.approx(float((by * torch.tensor([1., 2., 4.])).sum() / 7))
+    config = TrainingConfig(steps=4, every=2, batch=2, visible=1.)
+    _, curve = trained(tmp_path / "whole", config, facts=dict(visibility=[1., 2., 4.]))
+    assert numbers(trained(tmp_path / "alike", config.model_copy(update=dict(visible=0.)))[1])[0]["loss"] != curve[0]["loss"]
+    trained(tmp_path / "cut", config.model_copy(update=dict(steps=2)), facts=dict(visibility=[1., 2., 4.]))
+    _, again = trained(tmp_path / "cut", config, facts=dict(visibility=[4., 2., 1.]))                    # a run goes on with what it began with
+    assert numbers(again) == numbers(curve) and load_generator(tmp_path / "cut").config["visibility"] == [1., 2., 4.]
+
+
+def test_a_damaged_or_foreign_generator_file_is_told(tmp_path):
+    trained(tmp_path, TrainingConfig(steps=1, every=1, batch=2))
+    path = pack_generator(load_generator(tmp_path), tmp_path / "g.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(WeightsError, match="g.safetensors: damaged"): load_generator(path)
+    (tmp_path / "g.txt").write_text("no weights")
+    with pytest.raises(WeightsError, match="g.txt: damaged or not a weights file"): load_generator(tmp_path / "g.txt")
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as f: head = f.metadata()
+    state = load_file(path); lost = sorted(state)[0]
+    save_file({k: v for k, v in state.items() if k != lost}, path, head)
+    with pytest.raises(WeightsError, match=f"g.safetensors: not this network's weights .1 missing, first {lost}"): load_generator(path)
+    save_file(state, path)
+    with pytest.raises(TrainingError, match="not a generator of ours"): load_generator(path)
+
+
 def test_dropout_hides_mask_and_text_together():
     config = TrainingConfig(batch=200, dropout=.3)
     b = training_batch(CASES, config, Scaling(), 4, 0)
@@ -171,7 +219,7 @@ def test_min_snr_and_v_train(tmp_path):
 
 SCRIPT = """
 import sys; sys.path[:0] = {path!r}
-import torch; torch.set_num_threads(1)
+import torch; torch.set_num_threads({threads})
 from test_training import *
 config = TrainingConfig(steps=40, every=2, batch=2, lr=1e-3, warm=2, ema=.9)
 trained({folder!r}, config)
@@ -180,7 +228,7 @@ trained({folder!r}, config)
 
 def test_same_curve_after_a_kill(tmp_path):
     config = TrainingConfig(steps=40, every=2, batch=2, lr=1e-3, warm=2, ema=.9)
-    script = SCRIPT.format(path=[os.path.dirname(__file__), *sys.path], folder=str(tmp_path / "killed"))
+    script = SCRIPT.format(path=[os.path.dirname(__file__), *sys.path], folder=str(tmp_path / "killed"), threads=torch.get_num_threads())      # as many as here: see below
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.time() + 90
     while newest_checkpoint(tmp_path / "killed") is None and process.poll() is None and time.time() < until: time.sleep(.02)
@@ -190,3 +238,28 @@ def test_same_curve_after_a_kill(tmp_path):
     _, again = trained(tmp_path / "killed", config)
     _, curve = trained(tmp_path / "whole", config)
     assert numbers(again) == numbers(curve)
+
+
+THREADS = """
+import sys; sys.path[:0] = {path!r}
+import json, torch
+from test_training import *
+config = TrainingConfig(steps=4, every=2, batch=2, lr=1e-3, warm=2, ema=.9)
+half = config.model_copy(update=dict(steps=2))
+torch.set_num_threads(2)
+_, whole = trained({folder!r} + "/whole", config)
+trained({folder!r} + "/cut", half); _, cut = trained({folder!r} + "/cut", config)
+torch.set_num_threads(1); trained({folder!r} + "/mixed", half)
+torch.set_num_threads(2); _, mixed = trained({folder!r} + "/mixed", config)
+print(json.dumps([numbers(c) for c in (whole, cut, mixed)]))
+"""
+
+
+def test_two_threads_resume_to_the_bit_and_another_number_to_rounding(tmp_path):
+    "Threads share a sum among them, so their number fixes its order: with the same number the same bits, with another the same curve but for float32's last digits"
+    script = THREADS.format(path=[os.path.dirname(__file__), *sys.path], folder=str(tmp_path))
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | dict(OMP_WAIT_POLICY="passive"))     # waiting threads leave the cores to others
+    assert out.returncode == 0, out.stderr[-800:]
+    whole, cut, mixed = json.loads(out.stdout.splitlines()[-1])
+    assert cut == whole
+    for a, b in zip(whole, mixed, strict=True): assert (b["loss"], b["held"]) == pytest.approx((a["loss"], a["held"]), rel=1e-6)

@@ -41,11 +41,12 @@ def check(facts, arrays, name, ours):
 
 
 @torch.no_grad()
-def hold(folder, case):
+def hold(folder, case, fast=False):
     "One case: every array, decoding from the stored latent; a chunked case in one pass and as our stream"
     facts, arrays = json.loads((folder / f"{case}.json").read_text()), np.load(folder / f"{case}.npz")
     net, x, z = network(facts), recipe(facts), torch.from_numpy(arrays["latent_mean"])
     ours = {}
+    if fast: wfvae.fasten(net)
     ours["latent_mean"], ours["logvar"] = net.posterior(x)
     _, (ours["haar_in"], ours["enc_l1"], ours["enc_l2"]) = net.encoder(x, Memory())
     ours["recon"], (ours["dec_l1"], ours["dec_l2"]) = net.decoder(z, Memory())
@@ -55,8 +56,9 @@ def hold(folder, case):
         check(facts, arrays, "recon", torch.cat(list(net.decode_stream([z])), 2))
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("case", ["small_video", "small_image", "small_odd_frames", "small_tiled", "small_tiled25", "groupnorm_video", "time8_video", "time8_tiled"])
-def test_parity(case): hold(HERE, case)
+def test_parity(case, fast): hold(HERE, case, fast)
 
 
 @pytest.mark.parametrize("case", ["full16_image", "full16_video", "full16_tiled"])

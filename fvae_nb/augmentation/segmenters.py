@@ -40,19 +40,19 @@ RECIPES = { # spec: about the datasets' median spacings, patch 96^3, positives 2
     "small": Recipe(patch=(16, 64, 64), filters=(8, 16, 32, 64), steps=150, lr=3e-3, overlap=.25),
 }
 
-# %% ../../nbs/06_augmentation/02_segmenters.ipynb #e3c03ecc
+# %% ../../nbs/06_augmentation/02_segmenters.ipynb #a0490334
 def plan_levels(
     spacing:Sequence[float], # mm along slices, rows, columns
     patch:Sequence[int],     # voxels
     levels:int,              # of the network
 ) -> tuple[list, list]: # kernel and stride of each level
-    "nnU-Net's rule: an axis is halved and convolved where its voxels are at most twice the finest. Source: MONAI's dynunet_pipeline"
+    "nnU-Net's rule: an axis is halved and convolved where its voxels are at most twice the finest; the bottom convolves all. Source: MONAI's dynunet_pipeline"
     if levels < 3: raise DataError(f"{levels} levels: DynUNet has at least 3; give three filters or more")
     spacing, size, kernels, strides = list(spacing), list(patch), [], [[1, 1, 1]]
     for level in range(levels):
         fine = [s <= 2*min(spacing) for s in spacing]
+        if level == levels - 1: kernels.append([3, 3, 3]); break             # the bottom sees all axes, whatever its voxels
         kernels.append([3 if f else 1 for f in fine])
-        if level == levels - 1: break
         stride = [2 if f and n >= 8 else 1 for f, n in zip(fine, size)]
         if stride == [1, 1, 1]: raise DataError(f"patch {tuple(patch)} is too small for {levels} levels: expected at least 8 voxels along a fine axis at each; give fewer filters or a larger patch")
         if any(n % s for n, s in zip(size, stride)): raise DataError(f"patch {tuple(patch)}: an axis of {size} voxels at level {level + 1} cannot be halved; choose multiples of {2**(levels - 1)}")

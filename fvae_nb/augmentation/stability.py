@@ -91,7 +91,16 @@ def boundary_shift(
     back = cKDTree(fa[0]).query(other)[0]
     return dict(mean=float(np.average(sign*d, weights=w)), size=float(np.average(d, weights=w)), p95=_quantile(d, w, .95), far=max(_quantile(d, w, .95), _quantile(back, v, .95)))
 
-# %% ../../nbs/06_augmentation/03_stability.ipynb #385995ba
+# %% ../../nbs/06_augmentation/03_stability.ipynb #1359accc
+def _deeper(mask, spacing, mm):
+    "Voxels whose centre lies more than `mm` from the nearest outside voxel's box. Its squared distance is a sum over axes, so each axis is an erosion by a parabola"
+    from scipy.ndimage import grey_erosion
+    near = np.where(mask, np.inf, 0).astype(np.float32)                    # beyond the volume lies outside
+    for axis, s in enumerate(spacing):
+        k = np.abs(np.arange(-int(mm/s + .5), int(mm/s + .5) + 1))         # k voxels on, the box begins (k - 1/2) voxels away
+        near = grey_erosion(near, structure=-((np.maximum(k - .5, 0)*s)**2).reshape(np.roll((-1, 1, 1), axis)), mode="constant")
+    return near > mm**2
+
 def hu_change(
     real:CTVolume,       # the scan
     back:CTVolume,       # its reconstruction
@@ -99,11 +108,10 @@ def hu_change(
     core_mm:float=3.,    # a core is what lies deeper than this
 ) -> dict: # HU: bias (mean of T(x)-x over the organ), core (the same for its core; nan if it has none), rms; ml
     "By how much an organ's HU changed; both volumes clipped to the VAE's window"
-    from scipy.ndimage import distance_transform_edt
     if not organ.any(): return dict(bias=math.nan, core=math.nan, rms=math.nan, ml=0.)
     where = np.argwhere(organ); box = tuple(slice(a, b) for a, b in zip(where.min(0), where.max(0) + 1)); m = organ[box]
     d = (np.clip(back.array[box], *WINDOW) - np.clip(real.array[box], *WINDOW)).astype(np.float64)
-    inner = distance_transform_edt(np.pad(m, 1), sampling=real.spacing)[1:-1, 1:-1, 1:-1] - min(real.spacing)/2 > core_mm   # from the border, not from the next voxel's centre
+    inner = _deeper(m, real.spacing, core_mm)
     return dict(bias=float(d[m].mean()), core=float(d[inner].mean()) if inner.any() else math.nan, rms=float(np.sqrt((d[m]**2).mean())), ml=float(m.sum()*np.prod(real.spacing)/1000))
 
 # %% ../../nbs/06_augmentation/03_stability.ipynb #6117d699

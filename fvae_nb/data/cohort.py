@@ -47,7 +47,7 @@ def cohort_plan(
     rank = np.random.default_rng([seed, 10]).permutation(patients)
     return {10000*seed + k: [] if rank[k] < round(healthy*patients) else _ill(10000*seed + k, odds) for k in range(patients)}
 
-# %% ../../nbs/01_data/08_cohort.ipynb #571cba6a
+# %% ../../nbs/01_data/08_cohort.ipynb #83a0394e
 def _settings_key(**settings):
     "Changes when anything that shapes a patient's files changes"
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -66,10 +66,10 @@ def _finished(folder, id, key):
     files = [case.ct, case.masks.organ, *(d.path for d in case.masks.disease or ())]
     return case if all((folder/f).is_file() for f in files) else None
 
-def _draw(folder, number, diseases, shape, spacing, contrast, noise, key):
+def _draw(folder, number, diseases, shape, spacing, contrast, noise, key, edition=1):
     "Draw a patient, write the files, then the row"
     id = f"phantom-{number:06d}"; name = f"{id}_SYNTHETIC"
-    p = thorax_phantom(shape, spacing, seed=number, noise=noise, contrast=contrast, findings=tuple(diseases))
+    p = thorax_phantom(shape, spacing, seed=number, noise=noise, contrast=contrast, findings=tuple(diseases), edition=edition)
     _write_beside(p.ct, folder/"ct"/f"{name}.nii.gz")
     _write_beside(p.mask, folder/"masks"/f"{name}_organ.nii.gz")
     disease = []
@@ -83,12 +83,12 @@ def _draw(folder, number, diseases, shape, spacing, contrast, noise, key):
         masks=dict(organ=f"masks/{name}_organ.nii.gz", source_map="table7") | ({"disease": disease} if disease else {}),
         report=dict(findings=p.report, impression=p.impression, clean=clean_report(p.report, p.impression), language="en"),
         findings=p.findings, spacing=[float(s) for s in spacing[::-1]], shape=[int(n) for n in shape[::-1]], axcodes="LPS", synthetic=True, seed=number,
-        notes="drawn as " + (json.dumps([{k: v for k, v in asdict(d).items() if v is not None} for d in diseases]) if diseases else "healthy") + f", contrast {contrast:g}"))
+        notes="drawn as " + (json.dumps([{k: v for k, v in asdict(d).items() if v is not None} for d in diseases]) if diseases else "healthy") + f", contrast {contrast:g}" + (f", edition {edition}" if edition != 1 else "")))
     row = folder/"cases"/f"{id}.json"; part = row.with_name(f".{row.name}.{os.getpid()}.part")
     part.write_text(json.dumps(dict(key=key, case=case.row()), indent=1)); os.replace(part, row)
     return case
 
-# %% ../../nbs/01_data/08_cohort.ipynb #58d2c224
+# %% ../../nbs/01_data/08_cohort.ipynb #98208864
 def _bar(done, total, start, fresh):
     "A line that is written over"
     import sys
@@ -106,6 +106,7 @@ def phantom_cohort(
     parts:dict[str, float]={"train": .7, "val": .15, "test": .15}, # split -> share of patients
     contrast:float=0.,       # contrast agent, 0 (as in CT-RATE) to 1
     noise:bool|str="cheap",  # as thorax_phantom
+    edition:int=1,           # of the anatomy, as thorax_phantom; 1 is the book's cohort. Another is told in each row's notes
     progress:Callable[[int,int],None]|None=None, # called with patients done and in all; None: a bar on stderr
 ) -> Path: # the manifest
     "Draw patients with scans, masks, reports, labels and a split; goes on where it stopped"
@@ -113,9 +114,9 @@ def phantom_cohort(
     for sub in ("ct", "masks", "cases"): (folder/sub).mkdir(parents=True, exist_ok=True)
     plan = cohort_plan(patients, seed, healthy, odds)
     for number, diseases in plan.items():
-        key = _settings_key(version=2, number=number, diseases=[asdict(d) for d in diseases], shape=list(shape), spacing=list(spacing), contrast=contrast, noise=noise)
+        key = _settings_key(version=2, number=number, diseases=[asdict(d) for d in diseases], shape=list(shape), spacing=list(spacing), contrast=contrast, noise=noise, **({} if edition == 1 else {"edition": edition}))
         case = _finished(folder, f"phantom-{number:06d}", key)
-        if case is None: case = _draw(folder, number, diseases, shape, spacing, contrast, noise, key); fresh += 1
+        if case is None: case = _draw(folder, number, diseases, shape, spacing, contrast, noise, key, edition); fresh += 1
         cases.append(case)
         if progress: progress(len(cases), patients)
         else: _bar(len(cases), patients, start, fresh)

@@ -109,7 +109,7 @@ def _hint(unknown, source):
     if all(150 <= u <= 162 for u in unknown): return "; 150 to 162 are disease classes: a fused map holds class + 100"
     return ""
 
-# %% ../../nbs/01_data/05_labels.ipynb #ed59fc47
+# %% ../../nbs/01_data/05_labels.ipynb #3a6e6181
 def stored_names(
     path:str|Path, # a NIfTI label map
 ) -> dict[int, str]: # id -> name; empty where the file says none
@@ -140,6 +140,7 @@ def read_totalsegmentator(
         if names := {i: n for i, n in stored_names(path).items() if i in present}: return _translate(mask, _by_name(names, path), f"the names in {path.name}")
         return from_source(mask, f"totalsegmentator:{task}")
     files = {p: re.sub(r"\.nii(\.gz)?$", "", p.name) for p in sorted(path.glob("*.nii*")) if not p.name.startswith(".")}
+    files = {p: n for p, n in files.items() if n != "skin" or len(files) == 1}   # task body writes body, body_trunc, body_extremities and skin, a shell of the body
     if not files: raise DataError(f"{path}: no .nii.gz files; expected TotalSegmentator's folder with one file per structure")
     known, out = _by_name(dict(enumerate(files.values())), path), None
     for n, file in enumerate(files):
@@ -153,8 +154,9 @@ def read_vista3d(
     path:str|Path,         # a label map with VISTA3D's ids
     ct:CTVolume|None=None, # its scan
 ) -> CTVolume: # uint8, ids of Table 7
-    "The output of VISTA3D in Table 7. Its run over everything holds no airway, hepatic vessel or tumour: ask for those by prompt"
-    return from_source(read_mask(path, ct), "vista3d")
+    "The output of VISTA3D in Table 7. Its run over everything holds no airway, hepatic vessel or tumour: ask for those by prompt. Source: model-zoo vista3d, docs/README.md: 255 stands for 'not a number', here 0"
+    mask = read_mask(path, ct)
+    return from_source(mask.with_array(np.where(mask.array == 255, 0, mask.array)), "vista3d")
 
 # %% ../../nbs/01_data/05_labels.ipynb #b745c230
 def _envelope(ct, organs):
@@ -285,7 +287,7 @@ def mask_colours(
     table[250:263] = (255, 40, 40, round(255*alpha))
     return table[array]
 
-# %% ../../nbs/01_data/05_labels.ipynb #b9b928f6
+# %% ../../nbs/01_data/05_labels.ipynb #f228bda1
 def run_totalsegmentator(
     ct_path:str|Path,       # a CT in NIfTI
     folder:str|Path,        # where its files go: TASK.nii.gz
@@ -293,7 +295,7 @@ def run_totalsegmentator(
     device:str="gpu",       # gpu, cpu, gpu:N
     fast:bool=False,        # total at 3 mm
 ) -> CTVolume: # fused, Table 7
-    "Segment with TotalSegmentator and fuse the tasks; files that are there already are kept"
+    "Segment with TotalSegmentator and fuse the tasks; files that are there already are kept. Source: wasserth/TotalSegmentator, totalsegmentator/python_api.py (`ml` writes one file with the names in its header, `fast` is refused by lung_vessels), README.md (devices)"
     from fvae_nb.data.ct import read_ct
     ct_path, folder = Path(ct_path), Path(folder); ct = read_ct(ct_path)
     files = {t: folder/f"{t}.nii.gz" for t in tasks}
@@ -316,14 +318,14 @@ def fuse_parts(
     pick = lambda *ids: ct.with_array(of(*ids).astype(np.uint8)) if of(*ids).any() else None
     return fuse(ct.with_array(organs), pick(BODY), pick(VESSEL), pick(AIRWAY), ct=ct)
 
-# %% ../../nbs/01_data/05_labels.ipynb #bbc4633c
+# %% ../../nbs/01_data/05_labels.ipynb #e75e6310
 def run_vista3d(
     ct_path:str|Path,  # a CT in NIfTI
     folder:str|Path,   # where its files go
     bundle:str|Path,   # the unpacked MONAI bundle vista3d
     prompts:Sequence[int]=(25, 132), # ids that a run over everything leaves out
 ) -> CTVolume: # Table 7, without body
-    "Segment with VISTA3D's bundle: everything, then the prompts it leaves out"
+    "Segment with VISTA3D's bundle: everything, then the prompts it leaves out. Source: Project-MONAI/model-zoo, models/vista3d, docs/README.md (no prompt: 117 classes) and configs/inference.json (OUTPUT/SCAN/SCAN_trans.nii.gz on the scan's grid)"
     import subprocess, sys
     ct_path, folder, bundle = Path(ct_path).absolute(), Path(folder).absolute(), Path(bundle).absolute()
     if not (bundle/"configs"/"inference.json").is_file():
@@ -332,7 +334,7 @@ def run_vista3d(
     for name, ask in (("everything", {}), ("prompts", {"label_prompt": list(prompts)})):
         command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--input_dict", repr({"image": str(ct_path)} | ask), "--output_dir", str(folder/name)]
         done = subprocess.run(command, cwd=bundle, capture_output=True, text=True)
-        found = sorted((folder/name).rglob("*.nii.gz"))
+        found = sorted((folder/name).rglob(f"{re.sub(r'[.]nii([.]gz)?$', '', ct_path.name)}_*.nii.gz"))  # the folder may hold other scans' maps
         if done.returncode or not found: raise DataError(f"{ct_path}: VISTA3D failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
         parts.append(read_vista3d(found[0]))
     out = parts[0].array.copy()

@@ -161,7 +161,7 @@ class CTCLIP(nn.Module):
     def text_latent(self, ids, mask): return F.normalize(self.to_text_latent(self.text_hidden(ids, mask)[:, 0]), dim=-1)
     def similarity(self, text, image): return self.temperature.exp()*(text*image).sum(-1)
 
-# %% ../../nbs/08_evaluation/02_ct_clip.ipynb #8b36d885
+# %% ../../nbs/08_evaluation/02_ct_clip.ipynb #10a35e84
 def read_ct_clip(
     path:str|Path,    # CT-CLIP_v2.pt or a safetensors file with its names
     image:dict|None=None, # configuration of the image tower; None: as released
@@ -171,7 +171,6 @@ def read_ct_clip(
     "CT-CLIP with released weights, loaded strictly"
     state, digest = read_state(path)
     state = {k: v for k, v in state.items() if k != "text_transformer.embeddings.position_ids"}
-    extra = "to_visual_latent_extra.weight" in state
     for k in ("to_visual_latent_extra.weight", "to_text_latent_extra.weight"): state.pop(k, None)     # a copy of 151 million numbers that nothing reads
     with torch.device("meta"): net = CTCLIP(image, text, extra=False, **dims)
     net = net.to_empty(device="cpu")

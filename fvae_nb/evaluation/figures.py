@@ -39,7 +39,7 @@ def show_generators(
         for ax, plane, index in zip(column, PLANES, at): show_slice(_onto(v, like), index, plane, window, ax, name if plane == "axial" else "")
     fig.suptitle(f"{'SYNTHETIC. ' if any(v.synthetic for v in volumes.values()) else ''}{title}\n{window_label(window)}", fontsize=9); plt.show()
 
-# %% ../../nbs/08_evaluation/09_figures.ipynb #e326cab0
+# %% ../../nbs/08_evaluation/09_figures.ipynb #67c0aaaa
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#0072b2")
 DISEASES = {c.disease_class + DISEASE_OFFSET: c.name for c in REX.values()}   # 250..262 -> name
 COLOURS = {259: "#56b4e9", 261: "#d55e00", 250: "#e69f00", 254: "#009e73", 253: "#cc79a7", 256: "#f0e442"} # the common ones, told apart by all readers
@@ -52,7 +52,7 @@ def _overlay(ax, disease, plane, index, alpha=.45):
     paint = np.zeros((*picture.shape, 4))
     for i in ids: paint[picture == i] = to_rgba(COLOURS[i], alpha)
     ax.imshow(paint, aspect=aspect, interpolation="nearest")
-    for i in ids: ax.contour(np.pad(picture == i, 1).astype(float)[1:-1, 1:-1], [.5], colors=COLOURS[i], linewidths=1)
+    for i in ids: ax.contour((picture == i).astype(float), [.5], colors=COLOURS[i], linewidths=1)
     return ids
 
 def _legend(fig, ids):

@@ -126,7 +126,7 @@ def write_table(
         out.append(path.with_name(path.name + end)); out[-1].write_text(f(table), encoding="utf-8")
     return out
 
-# %% ../../nbs/08_evaluation/08_tables.ipynb #07bb9218
+# %% ../../nbs/08_evaluation/08_tables.ipynb #a8954714
 def table1(
     ours:dict[str, dict],            # VAE -> {'lung' or 'pancreas': {metric: {mean, sd, n}}}; metrics psnr, ssim, mse
     sources:dict[str, dict]|None=None, # VAE -> provenance of its run
@@ -155,7 +155,9 @@ def table2(
         s, src = o["scores"], o.get("source", {})
         fvd, fid = s.get("fvd"), s.get("fid")
         at = lambda v, metric, digits=2, n=None: Cell(None) if v is None or v != v else Cell(v, f"{v:.{digits}f}", s.get("n") if n is None else n, {**src, "metric": metric})
-        one = lambda key: [at(fvd[key], f"fvd {key}", 4, fvd["floor_n"] if key == "floor" else None) if fvd else Cell(None), *(at(fid[p][key], f"fid {p} {key}", 2, fid[p]["floor_n"] if key == "floor" else None) if fid else Cell(None) for p in ("axial", "sagittal", "coronal")), at(fid["avg"][key], f"fid avg {key}") if fid else Cell(None)]
+        floor_n = lambda d, key: d["floor_n"] if key == "floor" else None
+        one = lambda key: [at(fvd[key], f"fvd {key}", 4, floor_n(fvd, key)) if fvd else Cell(None),
+                           *(at(fid[p][key], f"fid {p} {key}", 2, floor_n(fid["axial" if p == "avg" else p], key)) if fid else Cell(None) for p in ("axial", "sagittal", "coronal", "avg"))]
         text = [at((s.get(k) or {}).get("score"), k) for k in ("i2i", "t2i")] + [at(s.get("avg"), "avg")]
         rows.append((o["split"], f"{o['method']} (n = {s['n']})", *one("value"), *text, at(o.get("memory_gb"), "memory_gb", 1), at(o.get("seconds"), "seconds", 1)))
         n = fvd["floor_n"] if fvd else fid["axial"]["floor_n"] if fid else 0
@@ -167,25 +169,27 @@ def table2(
     names = sorted({o["features"] for o in ours if o.get("features")})
     notes = ["Italics: the paper's figures, n = 30 normal and 50 disease volumes, without floors."] + [f"Features of our rows: {n}." for n in names] + [o["note"] for o in ours if o.get("note")]
     if paper: rows += [(split, method, *(paper_cell(v, "Table 2", 4 if k == 0 else 0 if k > 7 else 2) for k, v in enumerate(values))) for (split, method), values in TABLE2.items() if split in {o["split"] for o in ours} or not ours or "all" in {o["split"] for o in ours}]
-    head = ("split", "method", *TABLE2_COLUMNS) if not any("stand-in" in n for n in names) else ("split", "method", *(c.replace("FVD CT-CLIP", "Frechet, volumes").replace("FID", "Frechet 2.5D").replace("CT-CLIP avg", "mean of both") for c in TABLE2_COLUMNS))
-    return Table("Table 2. Generated volumes" + (" (our rows: stand-in features, not comparable with the paper's)" if any("stand-in" in n for n in names) else ""), head, tuple(rows), tuple(dict.fromkeys(notes)), 2)
+    other = any(part not in ("CT-CLIP", "RadImageNet ResNet-50") for n in names for part in n.split("; "))      # another network, preparation, window or variant
+    rename = lambda c: c.replace("FVD CT-CLIP", "Frechet, volumes").replace("FID", "Frechet 2.5D").replace("CT-CLIP avg", "mean of both") if other else c
+    return Table("Table 2. Generated volumes" + (f" (our rows: {'stand-in' if any('stand-in' in n for n in names) else 'other'} features, not comparable with the paper's)" if other else ""), ("split", "method", *map(rename, TABLE2_COLUMNS)), tuple(rows), tuple(dict.fromkeys(notes)), 2)
 
 def table3(
-    ours:Sequence[dict], # one a method: method, groups (of `summarise_adherence`), source, segmenter
+    ours:Sequence[dict], # one a method and segmenter: method, groups (of `summarise_adherence`), source, segmenter (in words), by (in a word)
     paper:bool=True,     # the printed rows below
 ) -> Table:
     "Table 3 with n, medians and cases without overlap"
     groups = tuple(next(iter(TABLE3.values())))
-    head = ("method", *(f"{g} {m}" for g in groups for m in ("Dice", "IoU", "median Dice", "n", "no overlap")))
+    several = len({o.get("by") for o in ours}) > 1                           # then a column says who segmented
+    head = ("method", *(("segmented by",) if several else ()), *(f"{g} {m}" for g in groups for m in ("Dice", "IoU", "median Dice", "n", "no overlap")))
     rows = []
     for o in ours:
-        row = [o["method"]]
+        row = [o["method"]] + ([o["by"]] if several else [])
         for g in groups:
             v = o["groups"].get(g)
             if not v or not v["n"]: row += [Cell(None, "left out"), *[Cell(None)]*4]; continue
             src = {**o.get("source", {}), "group": g}
             row += [Cell(v[k], f"{v[k]:.2f}", v["n"], {**src, "metric": k}) for k in ("dice", "iou", "median")] + [Cell(v[k], str(v[k]), v["n"], {**src, "metric": k}) for k in ("n", "n_zero")]
         rows.append(tuple(row))
-    if paper: rows += [(m, *(c for g in groups for c in (*(paper_cell(v, "Table 3") for v in gs[g]), *[Cell(None)]*3))) for m, gs in TABLE3.items()]
-    notes = ["Italics: the paper's figures."] + [f"{o['method']}: segmented by {o['segmenter']}" for o in ours if o.get("segmenter")]
-    return Table("Table 3. Organ-mask adherence, percent", head, tuple(rows), tuple(notes))
+    if paper: rows += [(m, *(("",) if several else ()), *(c for g in groups for c in (*(paper_cell(v, "Table 3") for v in gs[g]), *[Cell(None)]*3))) for m, gs in TABLE3.items()]
+    notes = ["Italics: the paper's figures."] + [f"{o['by']}: {o['segmenter']}" if several else f"Segmented by {o['segmenter']}." for o in ours if o.get("segmenter")]
+    return Table("Table 3. Organ-mask adherence, percent", head, tuple(rows), tuple(dict.fromkeys(notes)), 1 + several)

@@ -107,7 +107,7 @@ def snr_weight(
     snr = (a / s).square()
     return snr.clamp(max=gamma) / (snr if objective == "eps" else snr + 1)
 
-# %% ../../nbs/07_generation/04_diffusion.ipynb #dc8aa5e7
+# %% ../../nbs/07_generation/04_diffusion.ipynb #cc42669c
 SAMPLERS = {"ddim": "DDIM: the paper's; with eta 1 noise is added at every step", "dpm": "DPM-Solver++, second order", "unipc": "UniPC", "flow": "Euler steps along a straight road"}
 
 def released_timesteps(
@@ -133,7 +133,7 @@ def make_scheduler(
         road = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.) if objective == "flow" else dict(prediction_type={"eps": "epsilon", "v": "v_prediction"}[objective])
         road |= dict(num_train_timesteps=STEPS, beta_start=BETAS[0], beta_end=BETAS[1], beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
         if sampler == "ddim": made = d.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **road)
-        else: made = (d.DPMSolverMultistepScheduler if sampler == "dpm" else d.UniPCMultistepScheduler)(**road)
+        else: made = (d.DPMSolverMultistepScheduler if sampler == "dpm" else d.UniPCMultistepScheduler)(**road, use_karras_sigmas=objective != "flow")   # steps by noise level: even ones would stop where much noise is left
     made.set_timesteps(steps)
     if released and sampler == "ddim": made.timesteps = torch.tensor(released_timesteps(steps)[::-1])
     return made

@@ -15,7 +15,7 @@ from ..running.jobs import all_settled, do_units
 # %% auto #0
 __all__ = ['ARMS', 'PAPER_TABLE5', 'Params', 'cases', 'real_scan', 'asked', 'run', 'results', 'table5', 'show_run']
 
-# %% ../../nbs/jobs/ablate.ipynb #0299b4ca
+# %% ../../nbs/jobs/ablate.ipynb #91725e58
 ARMS = { # arm -> organ mask, disease mask, text; as the rows of Table 5
     "organ": ("yes", "-", "report"), "single": ("yes", "largest", "its sentence"), "multi": ("yes", "all", "report")}
 PAPER_TABLE5 = {"organ": (.5172, 3.72, 43.40), "single": (.4805, 3.76, 46.14), "multi": (.5088, 4.35, 51.49)}   # FVD, FID avg, CT-CLIP avg; 50 cases with disease
@@ -23,15 +23,15 @@ PAPER_TABLE5 = {"organ": (.5172, 3.72, 43.40), "single": (.4805, 3.76, 46.14), "
 class Params(generate.Params):
     "Table 5: conditions taken away one by one"
     arms:list[Literal["organ", "single", "multi"]] = Field(list(ARMS), min_length=1, description="of organ, single, multi")
-    volume_features:str = Field("tiny-latents", description="FVD and scores: an extractor by name (ct-clip: the paper's), or none")
-    slice_features:str = Field("tiny-slices", description="FID: an extractor by name (radimagenet: the paper's), or none")
+    volume_features:str = Field("tiny-latents", description="Frechet distance of volumes (with ct-clip: FVD) and scores: an extractor by name (ct-clip: the paper's), or none")
+    slice_features:str = Field("tiny-slices", description="Frechet distance of slices (with radimagenet: FID): an extractor by name (radimagenet: the paper's), or none")
     cube:int|None = Field(None, ge=8, description="side of the 2.5D cube in voxels; empty: the extractor's")
     mm:float|None = Field(None, gt=0, description="its voxels in mm")
     pool_splits:list[str] = Field(["train"], description="of a manifest: real scans that are not scored, for floors and a stand-in's text map")
     pool_limit:int = Field(24, ge=0, description="at most so many of them; 0: no floors")
     paper:bool = Field(True, description="print the paper's rows below")
 
-# %% ../../nbs/jobs/ablate.ipynb #adcd6724
+# %% ../../nbs/jobs/ablate.ipynb #6f79da7c
 def cases(
     params:Params, # of the job
 ) -> tuple[list[dict], list[str]]: # the diseased cases, then the pool's facts inside each; and the arms
@@ -44,7 +44,8 @@ def cases(
         from fvae_nb.data.manifests import read_manifest, root_for
         ids = {c["id"] for c in sick}
         pool = [dict(row=c.row(), root=str(root_for(c.dataset, Path(params.masks).parent))) for c in read_manifest(params.masks) if c.split in params.pool_splits and c.id not in ids][:params.pool_limit]
-    return [c | (dict(pool=pool) if n == 0 else {}) for n, c in enumerate(sick)], list(dict.fromkeys(params.arms))
+    def whole(c): return dict(scan=fingerprint(Path(c["root"])/c["row"]["ct"])["sha256"]) if "row" in c else {}     # the real scan is compared with
+    return [c | whole(c) | (dict(pool=pool) if n == 0 else {}) for n, c in enumerate(sick)], list(dict.fromkeys(params.arms))
 
 def real_scan(
     source:dict,   # of cases.json
@@ -53,6 +54,7 @@ def real_scan(
     "What the case really looks like"
     if "row" in source:
         from fvae_nb.data.manifests import Case, read_case
+        if "scan" in source: generate._unchanged(Path(source["root"])/source["row"]["ct"], source["scan"])
         return read_case(Case.model_validate(source["row"]), source["root"])
     if source["path"] is not None: return None
     from fvae_nb.data.phantom import thorax_phantom
@@ -75,7 +77,7 @@ def asked(
     if arm == "single": return disease.with_array(np.where(disease.array == largest, largest, 0).astype(np.uint16)), ". ".join(dict.fromkeys(told)) or category.name, largest
     return disease, source["prompt"], largest
 
-# %% ../../nbs/jobs/ablate.ipynb #afbbf40f
+# %% ../../nbs/jobs/ablate.ipynb #a30e1c10
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder: volumes/ARM/; ablation.json and tables/table5 once all is done
@@ -96,12 +98,12 @@ def run(
         beside = generate._payload(run, unit).with_name(f"{unit.case}_SYNTHETIC_mask.nii.gz"); half = part.with_name("mask." + part.name)
         write_ct(organs.with_array(paint(organs.array, None if given is None else given.array)), half, "int16"); beside.parent.mkdir(parents=True, exist_ok=True); os.replace(half, beside)
         return dict(prompt=prompt, finding=largest, continuity=continuity(made.array)) | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in seen.items()}
-    def identity(run, unit): s = run.sources[unit.case]; return {**identify, "input": s["sha256"], "others": s.get("others"), "prompt": s["prompt"]}
+    def identity(run, unit): return identify | generate._asked(run.sources[unit.case])
     out, _ = do_units("ablate", params, do, generate._payload, identity, generate._check)
     if all_settled(out) and any(done(out, u) for u in out.units): results(out.folder)
     return out
 
-# %% ../../nbs/jobs/ablate.ipynb #000965f2
+# %% ../../nbs/jobs/ablate.ipynb #2634db21
 def results(
     folder:str|Path, # of a run
 ) -> dict: # arm -> scores of score_sets, lesions; also written to ablation.json and tables/table5
@@ -155,8 +157,8 @@ def table5(
         rows.append((arm, *ARMS[arm], cell((s.get("fvd") or {}).get("value"), 4), cell(((s.get("fid") or {}).get("avg") or {}).get("value")), cell((s.get("i2i") or {}).get("score")), cell((s.get("t2i") or {}).get("score")), cell(s.get("avg")), cell(a["lesions"]["share"]), Cell(a["lesions"]["ignored"], f"{a['lesions']['ignored']} of {a['lesions']['n']}", a["lesions"]["n"], src)))
     if paper: rows += [(f"{arm} (paper)", *ARMS[arm], paper_cell(v[0], "Table 5", 4), paper_cell(v[1], "Table 5"), Cell(None), Cell(None), paper_cell(v[2], "Table 5"), Cell(None), Cell(None)) for arm, v in PAPER_TABLE5.items() if arm in arms]
     extra = next((a["note"] for a in arms.values() if a["note"]), "")
-    return Table("Table 5. What each condition is worth", ("arm", "organ mask", "disease mask", "text", "FVD", "FID avg", "I2I", "T2I", "CLIP avg", "lesion contrast, share of real", "ignored"), tuple(rows),
-                 tuple(filter(None, (note, extra, "Lesion columns: the case's largest finding, in every arm, at the place the case has it; 1: as strong as in the real scan.", "Italics: the paper's figures, other features, other cases." if paper else ""))), labels=4)
+    return Table("Table 5. What each condition is worth", ("arm", "organ mask", "disease mask", "text", "Frechet, volumes", "Frechet 2.5D, avg", "I2I", "T2I", "mean of both", "lesion contrast, share of real", "ignored"), tuple(rows),
+                 tuple(filter(None, (note, extra, "Lesion columns: the case's largest finding, in every arm, at the place the case has it; 1: as strong as in the real scan.", "Italics: the paper's FVD, FID avg and CT-CLIP avg, on other features and other cases." if paper else ""))), labels=4)
 
 # %% ../../nbs/jobs/ablate.ipynb #642f898d
 def show_run(

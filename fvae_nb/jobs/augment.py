@@ -300,7 +300,7 @@ def run(
         return {"weights": vae.weights if vae else "", "inputs": run.sources[unit.case]["sha256"]}
     return do_units("augment", params, do, lambda run, unit: run.payload(unit, "scores", ".json"), identity, lambda part: json.loads(part.read_text()))[0]
 
-# %% ../../nbs/jobs/augment.ipynb #e4fbb2b2
+# %% ../../nbs/jobs/augment.ipynb #9b71ef7f
 def read_rows(
     folder:str|Path, # of a run
 ) -> list[dict]: # arm, fold, seed, case, patient, on, scores
@@ -344,7 +344,7 @@ def compare(
     for n in names:
         v = np.array([x for x in each[n].values() if x == x]); d = paired(each[base], each[n], patients)
         each_seed = lambda arm, seed: {(r["fold"], r["case"]): r[metric] for r in rows if r["arm"] == arm and r["seed"] == seed}
-        by_seed = {s: paired(each_seed(base, s), each_seed(n, s))["mean"] for s in sorted({r["seed"] for r in rows})}
+        by_seed = {s: paired(each_seed(base, s), each_seed(n, s), {(r["fold"], r["case"]): r["patient"] for r in rows})["mean"] for s in sorted({r["seed"] for r in rows})}
         out.append(dict(arm=n, by_seed=by_seed, mean=float(v.mean()) if len(v) else math.nan, sd=float(v.std()) if len(v) else math.nan, scans=len(v), seeds=len({r["seed"] for r in rows}), **{("diff" if k == "mean" else k): x for k, x in d.items()}))
     return out
 
@@ -370,7 +370,7 @@ def table(
         [[r["arm"], f"{r['mean']:.1f} ± {r['sd']:.1f}", text(r), "" if r["arm"] == base else ", ".join(f"{v:+.1f}" for v in r["by_seed"].values()), "" if r["arm"] == base or r["p"] != r["p"] else f"{r['p']:.3f}", "" if r["arm"] == base else f"{r['better']:.0%}", "" if r["arm"] == base or r["detectable"] != r["detectable"] else f"{r['detectable']:.1f}"] for r in got],
         caption or f"{metric}, tested on {on}: {got[0]['n']} patients, {got[0]['seeds']} seed{'s' if got[0]['seeds'] != 1 else ''}")
 
-# %% ../../nbs/jobs/augment.ipynb #ea67adc7
+# %% ../../nbs/jobs/augment.ipynb #d08ee57e
 def draw_differences(
     rows:list[dict], # from `read_rows`
     on:str="real",   # what was tested on
@@ -390,7 +390,8 @@ def draw_differences(
             mine = mean(r["arm"]); d = [mine[p] - zero[p] for p in sorted(zero)]
             ax.plot(d, y + np.linspace(-.2, .2, len(d)), ".", color="#999", ms=4, zorder=1)
             ax.errorbar(r["diff"], y, xerr=[[max(0, r["diff"] - r["low"])], [max(0, r["high"] - r["diff"])]] if r["n"] > 1 else None, fmt="o", color="#0072b2" if r["arm"].startswith("replace") else "#d55e00", ms=5, capsize=3, zorder=2)
-        ax.axvline(0, color="k", lw=.8); ax.set_yticks(range(len(got)), [r["arm"] for r in got], fontsize=8); ax.set_xlabel(f"{metric} minus {base}, points"); ax.invert_yaxis()
+        ax.axvline(0, color="k", lw=.8); ax.set_yticks(range(len(got)), [r["arm"] for r in got], fontsize=8); ax.set_xlabel(f"{metric} minus {base}, points")
+    axes[0, 0].invert_yaxis()                                              # shared: once
     fig.suptitle(title or f"Each arm against {base}: patients (dots), mean and 95 % interval", fontsize=9)
     return fig
 
@@ -434,7 +435,7 @@ def draw_case(
     if path: Path(path).parent.mkdir(parents=True, exist_ok=True); fig.savefig(path, pil_kwargs={"quality": 80} if str(path).endswith(".webp") else {})
     return fig
 
-# %% ../../nbs/jobs/augment.ipynb #9537a62e
+# %% ../../nbs/jobs/augment.ipynb #770c50c9
 def show_run(
     folder:str|Path, # of a run
 ):
@@ -454,13 +455,15 @@ def keep_results(
     folder:str|Path, # of a run
     path:str|Path,   # a small JSON, nbs/results/NAME.json
 ) -> Path:
-    "What the book shows of a run: scores, parameters, hashes of scans and weights"
+    "What the book shows of a run: scores of the seeds that every arm has finished, parameters, hashes of scans and weights"
     run = Run(folder); first = next(iter(run.sources.values()))
+    seed = lambda u: run.sources[u.case]["seed"]
+    sides = [(u, done(run, u)) for u in run.units]; whole = {seed(u) for u, _ in sides} - {seed(u) for u, side in sides if not side}
+    sides = [(u, side) for u, side in sides if seed(u) in whole]           # a seed that some arm has not finished is not kept
     hide = ("manifest", "also", "views_folder", "nnunet_bin")              # paths of a machine
-    kept = dict(params={k: v for k, v in run.params.items() if k not in hide} | {"also": sorted(run.params["also"])}, date=run.read("provenance.json")["created_at"][:10], inputs=first["inputs"],
-                weights={u.model: side["identity"]["weights"] for u in run.units if (side := done(run, u)) and side["identity"]["weights"]}, units=len(run.units),
-                seconds=round(sum(side["seconds"] for u in run.units if (side := done(run, u)))))
-    rows = read_rows(folder); kept |= dict(columns=list(rows[0]) if rows else [], rows=[[round(v, 2) if isinstance(v, float) else v for v in r.values()] for r in rows])
+    kept = dict(params={k: v for k, v in run.params.items() if k not in hide} | {"also": sorted(run.params["also"]), "seeds": sorted(whole)}, date=run.read("provenance.json")["created_at"][:10], inputs=first["inputs"],
+                weights={u.model: side["identity"]["weights"] for u, side in sides if side["identity"]["weights"]}, units=len(sides), seconds=round(sum(side["seconds"] for _, side in sides)))
+    rows = [r for r in read_rows(folder) if r["seed"] in whole]; kept |= dict(columns=list(rows[0]) if rows else [], rows=[[round(v, 4) if isinstance(v, float) else v for v in r.values()] for r in rows])
     write_atomic(path, json.dumps(plain(kept), separators=(",", ":")).encode())
     return Path(path)
 

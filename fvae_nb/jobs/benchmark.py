@@ -11,9 +11,9 @@ from ..running.cases import JobError, Run
 from ..running.jobs import JobParams, do_units
 
 # %% auto #0
-__all__ = ['ROWS', 'Params', 'cases', 'in_turns', 'ratio', 'wan21', 'wan22', 'memory', 'generate_memory', 'per_slice',
-           'slice_conv', 'count_flop', 'generator_flop', 'files', 'surfaces', 'vaes', 'machine', 'run', 'table', 'kept',
-           'keep', 'show_run', 'draw']
+__all__ = ['ROWS', 'Params', 'cases', 'in_turns', 'ratio', 'wan21', 'wan22', 'light', 'compiled', 'around', 'memory',
+           'generate_memory', 'per_slice', 'slice_conv', 'count_flop', 'generator_flop', 'files', 'surfaces', 'vaes',
+           'machine', 'run', 'table', 'kept', 'keep', 'show_run', 'draw']
 
 # %% ../../nbs/jobs/benchmark.ipynb #d313f689
 class Params(JobParams):
@@ -110,7 +110,90 @@ def wan22(params):
     "WAN2.2 at its own width"
     return _wan("wan2.2", {"smoke": [(5, 32, 32)], "cpu": [(5, 64, 64), (1, 64, 64)], "gpu": [(33, 512, 512)]}[params.size], params)
 
-# %% ../../nbs/jobs/benchmark.ipynb #5096fc17
+# %% ../../nbs/jobs/benchmark.ipynb #9700687d
+def _twice(name, net, x, params, other="its plain class", ours="with exact shortcuts"):
+    "encode and decode, plain against `fasten`"
+    import copy, torch
+    from fvae_nb.vaes.fast import fasten
+    net = net.to(params.device).eval().requires_grad_(False)
+    quick = fasten(copy.deepcopy(net))
+    with torch.inference_mode():
+        def both(n): return dict(encode=lambda v: torch.cat(list(n.encode_stream([v])), 2), decode=lambda v: torch.cat(list(n.decode_stream([v])), 2))
+        base, fast = both(net), both(quick)
+        z = base["encode"](x)
+        rows = []
+        for what, v in (("encode", x), ("decode", z)):
+            error = _error(base[what](v), fast[what](v), 1000.)
+            t = in_turns({"base": lambda: base[what](v), "ours": lambda: fast[what](v)}, params.rounds, params.device)
+            rows.append(_row(f"{name} {' x '.join(map(str, x.shape[2:]))} {what}", other, ours, t, error if what == "decode" else {"of_range": error["of_range"]}))
+    return rows
+
+def light(params):
+    "LeanVAE, WF-VAE, TAEF2"
+    import torch
+    from fvae_nb.vaes.leanvae import LeanVAE
+    from fvae_nb.vaes.taef2 import TAEF2
+    from fvae_nb.vaes.wfvae import L16, WFVAE
+    lean, wave, picture = {"smoke": ((5, 32, 32),)*3, "cpu": ((17, 128, 128), (9, 64, 64), (2, 256, 256)), "gpu": ((65, 512, 512),)*3}[params.size]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nets = ([("leanvae", LeanVAE(), lean, .5, 0.), ("wfvae (half width)", WFVAE(**{**L16, "base_channels": 16 if params.size == "smoke" else 96}), wave, 1., 0.),
+                 ("wfvae (half width)", WFVAE(**{**L16, "base_channels": 16 if params.size == "smoke" else 96}), (1, *wave[1:]), 1., 0.), ("taef2", TAEF2(), picture, .5, .5)])
+    return [row for name, net, size, scale, shift in nets for row in _twice(name, net, _video(size, params.device)*scale + shift, params)]
+
+def compiled(params):
+    "WAN2.1's blocks (half width) and the denoiser's through torch.compile, against the same code eager"
+    import copy, os, shutil, tempfile, torch
+    from diffusers import AutoencoderKLWan
+    from fvae_nb.generation.denoiser import Denoiser, sized
+    from fvae_nb.vaes.fast import compile_blocks
+    from fvae_nb.vaes.hub import WanNet
+    if not params.device.startswith("cuda") and not any(map(shutil.which, ("g++", "clang++", "c++"))): raise JobError("row compile: torch.compile needs a C++ compiler here; install one or leave the row out")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wan, net = AutoencoderKLWan(base_dim=8 if params.size == "smoke" else 48), Denoiser(sized("tiny"))
+        for p in net.parameters(): torch.nn.init.normal_(p, std=.02)
+    wan, net = (m.to(params.device).eval().requires_grad_(False) for m in (wan, net))
+    size, frames, side = {"smoke": ((1, 16, 16), 2, 8), "cpu": ((1, 96, 96), 17, 16), "gpu": ((65, 512, 512), 33, 64)}[params.size]
+    x, eager = _video(size, params.device), WanNet(wan)
+    z = torch.randn(1, 16, frames, side, side, device=params.device); args = z, torch.tensor([500], device=params.device), z, torch.zeros(1, 16, 768, device=params.device)
+    quick, fast = WanNet(copy.deepcopy(wan)), copy.deepcopy(net)
+    compile_blocks(quick.vae.encoder); compile_blocks(fast)
+    old, rows = os.environ.get("TORCHINDUCTOR_CACHE_DIR"), []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        try:
+            for name, base, ours in ((f"wan2.1 (half width) {' x '.join(map(str, size))} encode", lambda: eager.encode(x), lambda: quick.encode(x)), (f"denoiser (tiny), one call of {frames} x {side} x {side}", lambda: net(*args), lambda: fast(*args))):
+                with torch.inference_mode():
+                    start = time.perf_counter(); b = ours(); wait = time.perf_counter() - start
+                    error = _error(base(), b)
+                rows.append(_row(name, "the same code, not compiled", "compiled blocks", in_turns({"base": base, "ours": ours}, params.rounds, params.device), {"of_range": error["of_range"]}, compile_seconds=wait))
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR") if old is None else os.environ.update(TORCHINDUCTOR_CACHE_DIR=old)
+    return rows
+
+# %% ../../nbs/jobs/benchmark.ipynb #17f302a2
+def around(params):
+    "Seconds of each step for one scan, as a share of the quickest network's trip there and back"
+    import tempfile
+    import numpy as np
+    from fvae_nb.data.ct import read_ct, write_ct
+    from fvae_nb.data.phantom import thorax_phantom
+    from fvae_nb.data.prepare import resample
+    from fvae_nb.metrics.image import psnr, ssim
+    from fvae_nb.metrics.masks import surface_dice
+    from fvae_nb.reconstruction.operator import reconstruct
+    from fvae_nb.vaes.interface import load_vae
+    made = thorax_phantom((17, 64, 64) if params.size == "smoke" else (65, 256, 256), (4., 1.4, 1.4), seed=0); ct, tiny = made.ct, load_vae("tiny", device=params.device)
+    back = reconstruct(ct, tiny); lung = ct.array < -500; other = np.roll(lung, 1, 1)
+    with tempfile.TemporaryDirectory() as d:
+        file = write_ct(ct, Path(d)/"a_SYNTHETIC.nii.gz", "int16")
+        steps = {"tiny, there and back": lambda: reconstruct(ct, tiny), "read .nii.gz": lambda: read_ct(file), "write .nii.gz": lambda: write_ct(ct, Path(d)/"b_SYNTHETIC.nii.gz"), "resample to 3 x 2 x 2 mm": lambda: resample(ct, (3., 2., 2.)),
+                 "PSNR": lambda: psnr(ct.array, back.array), "SSIM": lambda: ssim(ct.array, back.array), "surface Dice of both lungs": lambda: surface_dice(lung, other, ct.spacing, 2.)}
+        t = in_turns(steps, params.rounds, "cpu")
+    return [dict(name=f"{k}, {' x '.join(map(str, ct.shape))}", seconds={"step": v}, share=(share := statistics.median(v)/statistics.median(t["tiny, there and back"])), ratio=dict(median=share)) for k, v in t.items()]
+
+# %% ../../nbs/jobs/benchmark.ipynb #1c01bb62
 _CHILD = """
 import sys, numpy as np, torch
 torch.set_num_threads(int(sys.argv[3]))
@@ -125,14 +208,16 @@ reconstruct(ct, vae)
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))*1024 - 2*ct.array.nbytes)
 """
 
+def _peak(code, *arguments):
+    "Bytes that a child process held at most, as it prints them"
+    made = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    if made.returncode: raise JobError(f"the child that measures memory failed: {made.stderr.strip().splitlines()[-1]}")
+    return int(made.stdout)
+
 def memory(params):
     "Peak memory of the operator above its arrays, 601 slices against 129"
     short, long, side = (17, 33, 64) if params.size == "smoke" else (129, 601, 128)
-    def peak(n):
-        made = subprocess.run([sys.executable, "-c", _CHILD, str(n), str(side), str(params.threads), "tiny"], capture_output=True, text=True)
-        if made.returncode: raise JobError(f"the child that measures memory failed: {made.stderr.strip().splitlines()[-1]}")
-        return int(made.stdout)
-    peaks = {n: min(peak(n) for _ in range(2)) for n in (short, long)}
+    peaks = {n: min(_peak(_CHILD, n, side, params.threads, "tiny") for _ in range(2)) for n in (short, long)}
     return [dict(name=f"operator (tiny), peak memory, {long} against {short} slices of {side} x {side}", peak_mb={k: v/2**20 for k, v in peaks.items()}, ratio=dict(median=peaks[long]/peaks[short]))]
 
 _DRAWS = """
@@ -153,11 +238,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 def generate_memory(params):
     "Peak memory of drawing in fused windows, 601 slices against 129"
     short, long = (69, 133) if params.size == "smoke" else (129, 601)
-    def peak(n):
-        made = subprocess.run([sys.executable, "-c", _DRAWS, str(n), str(params.threads)], capture_output=True, text=True)
-        if made.returncode: raise JobError(f"the child that measures memory failed: {made.stderr.strip().splitlines()[-1]}")
-        return int(made.stdout)
-    peaks = {n: peak(n) for n in (short, long)}
+    peaks = {n: _peak(_DRAWS, n, params.threads) for n in (short, long)}
     return [dict(name=f"generator in fused windows, peak memory, {long} against {short} slices of 64 x 64", peak_mb={k: v/2**20 for k, v in peaks.items()}, ratio=dict(median=peaks[long]/peaks[short]))]
 
 def per_slice(params):
@@ -266,7 +347,7 @@ def surfaces(params):
         error = max(abs(p - q) for p, q in zip(theirs(), ours()))
         return [_row("surface Dice, HD95, mean distance of one organ", "MONAI's three calls", "one pass", in_turns({"base": theirs, "ours": ours}, params.rounds, "cpu"), {"mm": error})]
 
-# %% ../../nbs/jobs/benchmark.ipynb #e30788f1
+# %% ../../nbs/jobs/benchmark.ipynb #2754ccae
 def vaes(params):
     "Seconds a million voxels, encode and decode; random weights do for a time"
     import torch
@@ -281,9 +362,9 @@ def vaes(params):
         rows.append(dict(name=f"{name} {' x '.join(map(str, size))}", seconds=t, per_million={k: statistics.median(v)/x.numel()*1e6 for k, v in t.items()}))
     return rows
 
-ROWS = {"wan2.1": wan21, "wan2.2": wan22, "memory": memory, "generate-memory": generate_memory, "per-slice": per_slice, "slice-convolution": slice_conv, "generator-flop": generator_flop, "files": files, "surfaces": surfaces, "vaes": vaes}
+ROWS = {"wan2.1": wan21, "wan2.2": wan22, "memory": memory, "generate-memory": generate_memory, "per-slice": per_slice, "slice-convolution": slice_conv, "generator-flop": generator_flop, "files": files, "surfaces": surfaces, "vaes": vaes, "light": light, "compile": compiled, "around": around}
 
-# %% ../../nbs/jobs/benchmark.ipynb #a1998278
+# %% ../../nbs/jobs/benchmark.ipynb #4cca7f20
 def machine() -> dict:
     "What the figures belong to: processor, GPU, versions"
     import platform, torch, diffusers, monai
@@ -305,11 +386,11 @@ def run(
     here = params.model_copy(update={"device": device})
     def do(run, unit, part):
         rows = ROWS[unit.model](here)
-        part.write_text(json.dumps(dict(machine=machine(), rounds=params.rounds, threads=params.threads, device=device, rows=rows), indent=1))
+        part.write_text(json.dumps(dict(row=unit.model, machine=machine(), rounds=params.rounds, threads=params.threads, device=device, rows=rows), indent=1))
         return {f"{i}_ratio": round(r["ratio"]["median"], 4) for i, r in enumerate(rows) if "ratio" in r}
     return do_units("benchmark", params, do, lambda run, unit: run.payload(unit, "rows", ".json"), lambda run, unit: {}, lambda part: json.loads(part.read_text()))[0]
 
-# %% ../../nbs/jobs/benchmark.ipynb #7c7f2c04
+# %% ../../nbs/jobs/benchmark.ipynb #ecf04d72
 def table(
     source:str|Path, # folder of a run, or a JSON made by `keep`
 ) -> list[list]: # what, base, ours, median, least, most, error
@@ -332,10 +413,14 @@ def keep(
     folder:str|Path, # of a run
     path:str|Path,   # JSON that is committed
 ) -> Path:
-    "All raw rounds in one small file"
+    "All raw rounds in one small file; rows measured now replace their like, the others stay"
     from fvae_nb.running.cases import write_atomic
-    write_atomic(Path(path), json.dumps(kept(folder), indent=1).encode())
-    return Path(path)
+    new, path = kept(folder), Path(path)
+    def names(part): return {r["name"] for r in part["rows"]}
+    fresh = set().union(*map(names, new))
+    old = [p for p in (json.loads(path.read_text()) if path.exists() else []) if not names(p) & fresh]
+    write_atomic(path, json.dumps(old + new, indent=1).encode())
+    return path
 
 def show_run(
     folder:str|Path, # of a run
@@ -344,7 +429,7 @@ def show_run(
     from IPython.display import HTML, display
     from fvae_nb.running.report import html_table
     rows = table(folder)
-    display(HTML(html_table(["what", "base", "ours", "ratio", "least", "most", "error"], rows, "Times as fast, or times as much where a row says 'against'; medians of turns")))
+    display(HTML(html_table(["what", "base", "ours", "ratio", "least", "most", "error"], rows, "Times as fast, times as much where a row says 'against', or a step's share of the VAE's time; medians of turns")))
     draw(folder)
 
 # %% ../../nbs/jobs/benchmark.ipynb #149cf032

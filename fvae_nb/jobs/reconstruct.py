@@ -36,7 +36,7 @@ class Params(JobParams):
         if not v[0] < v[1]: raise ValueError("expected (low, high) with low < high")
         return v
 
-# %% ../../nbs/jobs/reconstruct.ipynb #d0b647de
+# %% ../../nbs/jobs/reconstruct.ipynb #1496e0d6
 def _files(item):
     "(id, path, hu_mode) of one item of `cases`; a fourth value is (slope, intercept)"
     from fvae_nb.data.ct import case_name
@@ -50,6 +50,7 @@ def _files(item):
         root = settings().root_of(item)
         if root is None or not (root/"imagesTr").is_dir(): raise JobError(f"cases: {item} needs the folder that holds its imagesTr: set data_root.{item} in settings.ini" + (f" ({root} has none)" if root else ""))
         path = root/"imagesTr"
+    if not path.exists(): raise JobError(f"cases: {item}: no such file or folder; give scans by path, a .jsonl or .csv manifest, 'sample' or 'thorax'")     # a slip of the finger should not become a failed run
     if path.suffix.lower() in (".jsonl", ".csv"):
         from fvae_nb.data.manifests import read_manifest, root_for
         return [(c.id, root_for(c.dataset, path.parent)/c.ct, c.hu_mode, *([[c.rescale.slope, c.rescale.intercept]] if c.rescale else [])) for c in read_manifest(path)]
@@ -81,7 +82,7 @@ def cases(
     return [dict(id=id, path=str(Path(path).absolute()) if path is not None else None, hu_mode=mode) | (dict(rescale=rescale[0]) if rescale else {}) | fingerprint(path)
             for id, path, mode, *rescale in found[:params.limit]], models(params)
 
-# %% ../../nbs/jobs/reconstruct.ipynb #a977f8fc
+# %% ../../nbs/jobs/reconstruct.ipynb #f87b2058
 def _read(source):
     "The scan of a case"
     from fvae_nb.data.ct import read_ct
@@ -115,25 +116,14 @@ def run(
         return last[unit.case]
     def do(run, unit, part):
         ct, vae = ct_of(run, unit), vae_of(unit.model)
-        _forget_peak()
         back = reconstruct(ct, vae, params.window, params.chunk, protocol=params.protocol)
         write_ct(back, part, "int16")
         # a score of random weights means nothing and would be quoted
         facts = {"weights": "random weights"} if vae.spec.random else {k: v for k, v in image_metrics(ct.array, back.array).items() if v == v}
-        return facts | {"peak_mb": _peak_mb(), "latent": vae.spec.channels, "slices": ct.shape[0]}
+        return facts | {"latent": vae.spec.channels, "slices": ct.shape[0]}
     def identity(run, unit): return {"weights": vae_of(unit.model).weights, "input": run.sources[unit.case]["sha256"]}
     out = do_units("reconstruct", params, do, _payload, identity, _check)
     return out[0]
-
-def _forget_peak():
-    "Linux: the peak counts anew, so that each unit has its own"
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: pass
-
-def _peak_mb():
-    "Largest memory this process has held since, MB (getrusage would remember the parent's)"
-    try: return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
-    except (OSError, StopIteration): return None
 
 def _payload(run, unit):
     suffix = "_SYNTHETIC.nii.gz" if run.sources[unit.case]["path"] is None else ".nii.gz"
@@ -176,7 +166,13 @@ def _beside_the_paper(run):
     display(HTML(html_table(["VAE", "PSNR, mean of slices", "PSNR, volume", "SSIM 7x7", "SSIM 11x11", "MSE", "paper: PSNR", "paper: SSIM", "paper: MSE"], rows,
         f"Table 1, {run.params['table']}. The paper does not say whether PSNR is taken per slice or per volume, nor which SSIM; both are shown. Its lung rows of WAN2.1 and WAN2.2 agree in all six figures, so one is probably a copy; MedVAE's collapse may be a matter of its loader's turning and cropping")))
 
-# %% ../../nbs/jobs/reconstruct.ipynb #312bd173
+# %% ../../nbs/jobs/reconstruct.ipynb #4fc369bd
+def _window(ct):
+    "In which window a picture of a scan says most: an abdomen is all white in that of the lung"
+    shown = ct.array[ct.shape[0]//2]                                 # the slice that `show_pair` takes
+    return "lung" if ((shown > -950) & (shown < -600)).sum() > .08*(shown > -200).sum() else "soft tissue"
+
+# %% ../../nbs/jobs/reconstruct.ipynb #69bd4b35
 def show_run(
     folder:str|Path, # of a run
     limit:int=3,     # cases shown
@@ -192,9 +188,10 @@ def show_run(
     shown = list(dict.fromkeys(u.case for u in run.units if done(run, u)))[:limit]
     for case in shown:
         real, backs = _read(run.sources[case]), {}
+        window = _window(real)
         for unit in run.units:
             if unit.case == case and (side := done(run, unit)):
                 backs[unit.model] = real.with_array(read_ct(run.folder/side["payload"]).array)
-                show_pair(real, backs[unit.model], window="lung", title=f"{case}, {unit.model}: " + (f"{side['metrics']['psnr']:.2f} dB" if "psnr" in side["metrics"] else "random weights") + (" (SYNTHETIC)" if real.synthetic else ""))
+                show_pair(real, backs[unit.model], window=window, title=f"{case}, {unit.model}: " + (f"{side['metrics']['psnr']:.2f} dB" if "psnr" in side["metrics"] else "random weights") + (" (SYNTHETIC)" if real.synthetic else ""))
         first = dict(list(backs.items())[-3:])                       # a viewer of more than four panels is no help
-        display(viewer({"real": real} | first, windows=("lung", "soft tissue", "bone", "vae"), max_size=160, every=max(1, real.shape[0]//48), title=case))
+        display(viewer({"real": real} | first, windows=(window, *(w for w in ("lung", "soft tissue", "bone", "vae") if w != window)), max_size=160, every=max(1, real.shape[0]//48), title=case))

@@ -89,7 +89,7 @@ def cases(
 
 def _label_file(folder, case): return Path(folder or ".")/f"{case}.nii.gz"
 
-# %% ../../nbs/jobs/safety.ipynb #d2ec0fe8
+# %% ../../nbs/jobs/safety.ipynb #9cf04c8e
 def signed(
     run:Run,   # a run
     unit:Unit, # of it
@@ -106,27 +106,27 @@ def _given(params, source, vae, ct):
     from fvae_nb.data.ct import check_same_grid, read_ct
     payload, side = signed(Run(params.reconstructions), Unit(vae, source["id"]))
     if side["identity"].get("input") != source["sha256"]: raise JobError(f"{payload}: made of another scan than {source['path']} (sha256 differs); reconstruct this one again")
-    back = read_ct(payload); check_same_grid(back, ct)
+    back = _cut(params, read_ct(payload)); check_same_grid(back, ct)
     return ct.with_array(back.array)
 
-# %% ../../nbs/jobs/safety.ipynb #c465c99f
+# %% ../../nbs/jobs/safety.ipynb #212d0235
+def _cut(params, volume):
+    "The middle slices, where that is asked for"
+    from fvae_nb.jobs.residual import middle
+    return middle(volume, params.slices) if params.slices and params.slices < volume.shape[0] else volume
+
 def _scan(params, source):
     "The scan of a case, and whether it is drawn"
-    from fvae_nb.jobs.residual import middle
     if "seed" in source:
         from fvae_nb.data.phantom import thorax_phantom
         return thorax_phantom((33, 112, 112), (6., 3.2, 3.2), seed=source["seed"]).ct
-    ct = _reconstruct._read(_reconstruct.unchanged(source))
-    return middle(ct, params.slices) if params.slices and params.slices < ct.shape[0] else ct
+    return _cut(params, _reconstruct._read(_reconstruct.unchanged(source)))
 
 def _labels(params, case, model, ct):
     "Labels of the scan (model '') or of a model's volume; None where a control has none"
     from fvae_nb.data.ct import read_mask
-    from fvae_nb.jobs.residual import middle
     path = _label_file(Path(params.labels_back)/model if model else params.labels, case)
-    if not path.exists(): return None
-    found = read_mask(path)
-    return middle(found, params.slices) if params.slices and params.slices < found.shape[0] else found
+    return _cut(params, read_mask(path)) if path.exists() else None
 
 def _judge_one(params, ct, back, labels, again, user, names=()):
     "All numbers of one transform on one scan"
@@ -138,7 +138,7 @@ def _judge_one(params, ct, back, labels, again, user, names=()):
     if user is not None: out["masks"] = {n: hu_change(ct, back, user.array == ids[0]) for n, ids in label_sets(user).items()}
     return out
 
-# %% ../../nbs/jobs/safety.ipynb #22d7c8ad
+# %% ../../nbs/jobs/safety.ipynb #72b85a1c
 def run(
     params:Params, # checked parameters
 ) -> Run: # the run's folder, one JSON per VAE and scan in safety/
@@ -154,18 +154,16 @@ def run(
             last.clear(); ct = _scan(params, run.sources[case])
             labels = _checked(segment(ct), ct, params.segmenter) if segment else _labels(params, case, "", ct)
             user = read_mask(params.masks[case]) if case in params.masks else None
-            if user is not None and user.shape != ct.shape:
-                from fvae_nb.jobs.residual import middle
-                user = middle(user, params.slices) if params.slices else user
+            if user is not None and user.shape != ct.shape: user = _cut(params, user)
             if user is not None: check_same_grid(user, ct)
             last[case] = (ct, labels, user)
         return last[case]
+    def names_of(unit): return [unit.model] + [n for n in control_names(unit.model, operate.vae(unit.model).spec, tuple(params.denoisers)) if params.control or not n.startswith("dct")]
     def do(run, unit, part):
         (ct, labels, user), source = scan_of(run, unit.case), run.sources[unit.case]
         facts, shown = {}, {"real": (ct, labels)}
         spec = operate.vae(unit.model).spec
-        names = [unit.model] + [n for n in control_names(unit.model, spec, tuple(params.denoisers)) if params.control or not n.startswith("dct")]
-        for name in names:
+        for name in names_of(unit):
             if name == unit.model and params.reconstructions: back, how = _given(params, source, name, ct), {}; operate.keep(ct, name, back)
             else: back, how = operate(ct, name)
             again = _checked(segment(back), ct, params.segmenter) if segment else _labels(params, unit.case, name, ct)
@@ -176,7 +174,9 @@ def run(
     def identity(run, unit):
         known = {"weights": operate.vae(unit.model).weights, "input": run.sources[unit.case]["sha256"]}
         if params.segmenter.endswith(".safetensors"): known["segmenter"] = fingerprint(params.segmenter)["sha256"]
-        if segment is None: known["labels"] = [fingerprint(f)["sha256"] for f in (_label_file(params.labels, unit.case), _label_file(Path(params.labels_back)/unit.model, unit.case))]
+        if segment is None: known["labels"] = {n: fingerprint(_label_file(f, unit.case))["sha256"] for n, f in {"real": params.labels, **{n: Path(params.labels_back)/n for n in names_of(unit)}}.items()}
+        if unit.case in params.masks: known["mask"] = fingerprint(params.masks[unit.case])["sha256"]
+        if params.reconstructions: known["reconstruction"] = fingerprint(signed(Run(params.reconstructions), unit)[0])["sha256"]
         return known
     return do_units("safety", params, do, lambda run, unit: run.payload(unit, "safety", ".json"), identity, lambda part: json.loads(part.read_text()))[0]
 

@@ -33,7 +33,7 @@ def auroc(
     p, n = int(y.sum()), int((1 - y).sum())
     return math.nan if p == 0 or n == 0 else float((rankdata(s)[y == 1].sum() - p*(p + 1)/2)/(p*n))
 
-# %% ../../nbs/03_metrics/04_ranking.ipynb #8117a261
+# %% ../../nbs/03_metrics/04_ranking.ipynb #b99f1363
 def _weights(patients, n, draws, seed):
     "(draws, n) how often each case is in each draw of patients"
     keys, at = np.unique(np.asarray(patients if patients is not None else np.arange(n)).astype(str), return_inverse=True)
@@ -56,9 +56,11 @@ def _interval(values, level):
     values = values[np.isfinite(values)]
     return (float(np.quantile(values, (1 - level)/2)), float(np.quantile(values, (1 + level)/2))) if len(values) else (math.nan, math.nan)
 
-def _macro(drawn, used): return drawn[:, used].mean(1) if used.any() else np.full(len(drawn), np.nan)
+def _macro(drawn, used):
+    "Mean over the same labels in every draw; nan where one of them has lost a class"
+    return drawn[:, used].mean(1) if used.any() else np.full(len(drawn), np.nan)
 
-# %% ../../nbs/03_metrics/04_ranking.ipynb #546701d0
+# %% ../../nbs/03_metrics/04_ranking.ipynb #5999bb1b
 def ranking(
     labels:np.ndarray,              # (n, k) 0 or 1, nan where unlabelled
     scores:np.ndarray,              # (n, k)
@@ -67,18 +69,18 @@ def ranking(
     draws:int=1000,                 # bootstrap draws
     level:float=.95,                # of the intervals
     seed:int=0,                     # of the draws
-) -> dict: # per label: auroc, low, high, positives, negatives; macro: auroc, low, high, labels (used), left_out; n, patients
+) -> dict: # per label: auroc, low, high, positives, negatives; macro: auroc, low, high, labels (used), left_out, draws (used); n, patients, draws
     "AUROC for each label and their plain mean, with bootstrap intervals over patients"
     y, s = _labels(labels, scores); k = y.shape[1]
     names = list(names) or [str(i) for i in range(k)]
     if len(names) != k: raise DataError(f"{len(names)} names for {k} labels")
     each = np.array([auroc(y[:, i], s[:, i]) for i in range(k)]); used = np.isfinite(each)
-    drawn = _drawn(y, s, _weights(patients, len(y), draws, seed))
+    drawn = _drawn(y, s, _weights(patients, len(y), draws, seed)); means = _macro(drawn, used)
     per = {name: dict(auroc=float(each[i]), **dict(zip(("low", "high"), _interval(drawn[:, i] if used[i] else np.array([]), level))), positives=int((y[:, i] == 1).sum()), negatives=int((y[:, i] == 0).sum())) for i, name in enumerate(names)}
-    macro = dict(auroc=float(each[used].mean()) if used.any() else math.nan, **dict(zip(("low", "high"), _interval(_macro(drawn, used), level))), labels=int(used.sum()), left_out=[n for n, u in zip(names, used) if not u])
+    macro = dict(auroc=float(each[used].mean()) if used.any() else math.nan, **dict(zip(("low", "high"), _interval(means, level))), labels=int(used.sum()), left_out=[n for n, u in zip(names, used) if not u], draws=int(np.isfinite(means).sum()))
     return dict(labels=per, macro=macro, n=len(y), patients=len(set(map(str, patients))) if patients is not None else len(y), draws=draws, level=level)
 
-# %% ../../nbs/03_metrics/04_ranking.ipynb #9fe2d567
+# %% ../../nbs/03_metrics/04_ranking.ipynb #b216b7fc
 def ranking_gain(
     labels:np.ndarray,           # (n, k)
     before:np.ndarray,           # (n, k) scores of one classifier
@@ -87,10 +89,10 @@ def ranking_gain(
     draws:int=1000,              # bootstrap draws
     level:float=.95,             # of the interval
     seed:int=0,                  # of the draws
-) -> dict: # gain of the macro AUROC, low, high, share (of draws without a gain)
+) -> dict: # gain of the macro AUROC, low, high, share (of draws without a gain), labels, draws (used, as in `ranking`)
     "What one classifier gains over another, both judged on the same draws of patients"
     y, a = _labels(labels, before); _, b = _labels(labels, after)
     each = np.array([[auroc(y[:, i], x[:, i]) for i in range(y.shape[1])] for x in (a, b)]); used = np.isfinite(each).all(0)
     w = _weights(patients, len(y), draws, seed); d = _macro(_drawn(y, b, w), used) - _macro(_drawn(y, a, w), used)
     d = d[np.isfinite(d)]; low, high = _interval(d, level)
-    return dict(gain=float((each[1] - each[0])[used].mean()) if used.any() else math.nan, low=low, high=high, share=float((d <= 0).mean()) if len(d) else math.nan, labels=int(used.sum()))
+    return dict(gain=float((each[1] - each[0])[used].mean()) if used.any() else math.nan, low=low, high=high, share=float((d <= 0).mean()) if len(d) else math.nan, labels=int(used.sum()), draws=len(d))

@@ -71,7 +71,12 @@ def render_readme(base:Path|None=None) -> str:
             if shown: parts.append("```text\n" + "".join(shown).rstrip() + "\n```")
     return re.sub(r"\]\((?=(?:img|results|jobs|\d\d_)[^)]*\))", "](nbs/", "\n\n".join(parts)) + "\n"   # links are relative to nbs/
 
-# %% ../../nbs/09_running/06_book.ipynb #36b463c4
+# %% ../../nbs/09_running/06_book.ipynb #e1d9891c
+_COST = """import json, resource
+_own, _children = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(json.dumps({"cpu_s": round(sum(u.ru_utime + u.ru_stime for u in (_own, _children))), "peak_mb": max(_own.ru_maxrss, _children.ru_maxrss)//1024}))
+"""
+
 def execute(
     names:list[str]=(), # parts of paths; none: every notebook whose code changed since its outputs were made
     base:Path|None=None, # the checkout
@@ -80,24 +85,29 @@ def execute(
     import nbformat
     from nbclient import NotebookClient
     from fvae_nb.running.jobs import kernel_manager_class
-    base = base or root(); record = base/"nbs"/"outputs.json"
-    known, took = json.loads(record.read_text()) if record.exists() else {}, {}
+    base, took = base or root(), {}; record, costs = base/"nbs"/"outputs.json", base/"nbs"/"costs.json"
     for path in chapters(base):
-        name = path.relative_to(base/"nbs").as_posix()
+        name, known = path.relative_to(base/"nbs").as_posix(), _record(record)
         if names and not any(n in name for n in names) or not names and known.get(name) == code_hash(path): continue
         book, start = nbformat.read(path, 4), time.time()
         skipped = {n: c.source for n, c in enumerate(book.cells) if c.cell_type == "code" and re.search(r"^#\|\s*(eval:\s*false|slow|gpu)", c.source, re.M)}
         for n in skipped: book.cells[n].source = ""
+        book.cells.append(nbformat.v4.new_code_cell(_COST))
         print(f"{name} ...", end=" ", flush=True)
         NotebookClient(book, timeout=900, kernel_name="fvae", kernel_manager_class=kernel_manager_class(), resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False).execute()
+        cost = json.loads("".join(o.text for o in book.cells.pop().outputs if o.get("name") == "stdout"))
         for n, source in skipped.items(): book.cells[n].source = source
         path.write_bytes(clean(book)); took[name] = time.time() - start
-        known[name] = code_hash(path)
-        record.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        _keep(record, base, name, code_hash(path)); _keep(costs, base, name, cost)
         print(f"{took[name]:.0f} s", flush=True)
-    gone = known.keys() - {p.relative_to(base/"nbs").as_posix() for p in chapters(base)}
-    if gone: record.write_text(json.dumps({k: v for k, v in sorted(known.items()) if k not in gone}, indent=1) + "\n")
     return took
+
+def _record(path): return json.loads(path.read_text()) if path.exists() else {}
+
+def _keep(path, base, name, value):
+    "One more line of a record, which another execution may have written meanwhile; chapters that are no more are dropped"
+    known = {**_record(path), name: value}; here = {p.relative_to(base/"nbs").as_posix() for p in chapters(base)}
+    path.write_text("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(known[k])}" for k in sorted(known.keys() & here)) + "\n}\n")
 
 def chapters(
     base:Path, # the checkout
@@ -131,11 +141,11 @@ def clean(
                 if isinstance(value, str) and kind.startswith("text/"): out["data"][kind] = re.sub(r" at 0x[0-9a-f]+", "", value).splitlines(keepends=True)
     return (json.dumps(book, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
-# %% ../../nbs/09_running/06_book.ipynb #4d4b4f17
+# %% ../../nbs/09_running/06_book.ipynb #1af8fb60
 def out_of_step(base:Path|None=None) -> list[str]: # one line per thing to do
     "Chapters whose outputs are not those of their code, README, packaged notebooks"
     base = base or root()
-    known = json.loads((base/"nbs"/"outputs.json").read_text()) if (base/"nbs"/"outputs.json").exists() else {}
+    known = _record(base/"nbs"/"outputs.json")
     said = [f"{p.relative_to(base)}: code changed since its outputs were made; run make book" for p in chapters(base) if known.get(p.relative_to(base/"nbs").as_posix()) != code_hash(p)]
     if (base/"README.md").read_text(encoding="utf-8") != render_readme(base): said.append("README.md: differs from nbs/index.ipynb; run make readme")
     for source in sorted((base/"nbs"/"jobs").glob("*.ipynb")):

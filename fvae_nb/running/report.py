@@ -56,8 +56,15 @@ def html_table(
     body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
     return f"<table><caption>{html.escape(caption)}</caption><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/09_running/04_report.ipynb #5ff58257
+# %% ../../nbs/09_running/04_report.ipynb #4cba1cdc
 _FIRST = ("psnr", "ssim", "mse")   # sidecars keep their keys sorted; a reader wants these first
+_MEANING = {"psnr": "peak signal-to-noise ratio of the whole volume, dB", "ssim": "structural similarity, 11 x 11 Gaussian window, mean of slices", "mse": "mean squared error in grays, -1000 to 1000 HU as 0 to 255",
+            "psnr_slices": "mean of the slices' PSNR, dB", "ssim7": "structural similarity, 7 x 7 window", "latent": "latent channels", "eps": "1 - mean of Dice and surface Dice between the labels of scan and reconstruction (equation 26), eps_X the same of control X",
+            "seconds": "of computing", "peak_mb": "most memory held, MB"}
+
+def _legend(keys):
+    "What the columns mean, where their names do not say it"
+    return "; ".join(f"{k}: {_MEANING[k]}" for k in dict.fromkeys(keys) if k in _MEANING)
 
 def _ordered(keys):
     keys = list(dict.fromkeys(keys))
@@ -77,11 +84,13 @@ def show_tables(
     sides, state = read_sidecars(folder), status(folder)
     totals = summarise(sides)
     keys = _ordered(k for m in totals.values() for k in m)
+    units = lambda n: f"{n} unit{'' if n == 1 else 's'}"
     if totals: display(HTML(html_table(["model", "cases", *keys], [[m, sum(s["model"] == m for s in sides), *(_mean_text(v.get(k)) for k in keys)] for m, v in totals.items()], "Mean ± standard deviation over cases (ddof 0)")))
     each = _ordered(k for s in sides for k, v in s["metrics"].items() if isinstance(v, (int, float)) or k == "weights")
     if sides: display(HTML(html_table(["model", "case", *each, "seconds"], [[s["model"], s["case"], *(s["metrics"].get(k, "") for k in each), s["seconds"]] for s in sides], "Every case")))
-    if state["failed"]: display(HTML(html_table(["model", "case", "reason"], [[f["model"], f["case"], f["reason"]] for f in state["failed"]], f"{len(state['failed'])} units failed")))
-    if state["missing"]: display(HTML(html_table(["model", "case"], [[f["model"], f["case"]] for f in state["missing"]], f"{len(state['missing'])} units are missing")))
+    if state["failed"]: display(HTML(html_table(["model", "case", "reason"], [[f["model"], f["case"], f["reason"]] for f in state["failed"]], f"{units(len(state['failed']))} failed")))
+    if state["missing"]: display(HTML(html_table(["model", "case"], [[f["model"], f["case"]] for f in state["missing"]], f"{units(len(state['missing']))} missing")))
+    if legend := _legend([*keys, *each]): display(HTML(f"<p style='font-size:.85em'>{html.escape(legend)}.</p>"))
 
 def show_provenance(
     folder:str|Path, # of a run

@@ -155,18 +155,21 @@ def chapter_facts(
     exp = next((m[1] for t, k in cells if k == "code" and (m := re.search(r"^#\|\s*default_exp\s+(\S+)", t, re.M))), "")
     return title[1] if title else path.stem, question[1] if question else "", exp, paper_items("\n".join(t for t, _ in cells))
 
-# %% ../../nbs/09_running/08_site.ipynb #5e216fb3
+# %% ../../nbs/09_running/08_site.ipynb #b0600c24
 _PARTS = {"10_tutorials": "By task", "00_settings.ipynb": "Before", "01_data": "Data", "02_show": "Seeing", "03_metrics": "Measuring", "04_vaes": "VAEs", "05_reconstruction": "Reconstruction", "06_augmentation": "Augmentation", "07_generation": "Generation",
           "08_evaluation": "Evaluation", "09_running": "Running", "jobs": "Jobs"}
 
 def map_page(
     chapters:dict[str, tuple], # path relative to nbs/ -> `chapter_facts`
+    costs:dict[str, dict]={}, # path -> cpu_s, peak_mb, as `book.execute` measured them
 ) -> str: # markdown
     "Chapters to the paper, and the paper to chapters"
     link = lambda name: f"[{chapters[name][0]}]({name})"
-    lines, places = ["# Map", "", "Each chapter asks one question. The last column is what of the paper it speaks of; the second table leads back.", "", "| chapter | question | of the paper |", "|---|---|---|"], {}
+    lines, places = ["# Map", "", "Each chapter asks one question. Cost is what it took when its outputs were made: processor seconds and the most memory held, on a CPU. The last column is what of the paper it speaks of; the second table leads back.", "",
+                     "| chapter | question | cost | of the paper |", "|---|---|---|---|"], {}
     for name, (_, question, _, items) in chapters.items():
-        lines.append(f"| {link(name)} | {_cell(question)} | {', '.join(items)} |")
+        cost = f"{costs[name]['cpu_s']} s, {costs[name]['peak_mb']/1024:.1f} GB" if name in costs else ""
+        lines.append(f"| {link(name)} | {_cell(question)} | {cost} | {', '.join(items)} |")
         for i in items: places.setdefault(i, []).append(name)
     order = sorted(places, key=lambda i: (list(_KINDS.values()).index(i.split()[0]), [int(n) if n.isdigit() else ord(n[0]) for n in re.split(r"\W", i.split()[1]) if n]))
     return "\n".join([*lines, "", "| of the paper | chapters |", "|---|---|", *(f"| {i} | {', '.join(link(n) for n in places[i])} |" for i in order)]) + "\n"
@@ -190,7 +193,7 @@ _NO_MATHJAX = "/* MathJax could not be had when this site was built: formulas st
 
 def _toctree(caption, pages): return f"```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n\n" + "\n".join(pages) + "\n```\n"
 
-# %% ../../nbs/09_running/08_site.ipynb #533647ed
+# %% ../../nbs/09_running/08_site.ipynb #f51bf7ea
 def stage(
     base:Path,   # the checkout
     source:Path, # an empty folder for what Sphinx reads
@@ -207,7 +210,8 @@ def stage(
         more = f"---\n\nModule: [{api}]({'../'*name.count('/')}api/{api}.md)" if api in modules else ""
         _write(source/name, json.dumps(page_notebook(_linked(json.loads((nbs/name).read_text(encoding="utf-8")), base, nbs/name), more.removeprefix("---\n\n"))))
     for module, path in modules.items(): _write(source/f"api/{module}.md", api_page(module, path))
-    _write(source/"map.md", map_page(chapters))
+    costs = nbs/"costs.json"
+    _write(source/"map.md", map_page(chapters, json.loads(costs.read_text()) if costs.is_file() else {}))
     trees = [_toctree(caption, [n for n in chapters if n.split("/")[0] == folder]) for folder, caption in _PARTS.items() if any(n.split("/")[0] == folder for n in chapters)]
     trees = [_toctree("Ways in", ["map"])] + trees + [_toctree("Modules", [f"api/{m}" for m in modules])]
     _write(source/"index.ipynb", json.dumps(page_notebook(_linked(json.loads((nbs/"index.ipynb").read_text(encoding="utf-8")), base, nbs/"index.ipynb"), "\n".join(trees))))
@@ -230,7 +234,7 @@ def _linked(book, base, path):
         if cell["cell_type"] == "markdown": cell["source"] = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", mend, "".join(cell["source"]))
     return book
 
-# %% ../../nbs/09_running/08_site.ipynb #6bc769fd
+# %% ../../nbs/09_running/08_site.ipynb #ee52f926
 def fetch_mathjax(
     folder:Path, # where it is kept
 ) -> Path|None: # tex-svg.js, None if it cannot be had
@@ -256,6 +260,8 @@ def build(
     "The site, from scratch"
     base = Path(base or Path.cwd()).resolve(); out = Path(out or base/"build/site").resolve()
     if not (base/"nbs/index.ipynb").is_file(): raise FileNotFoundError(f"{base}: no nbs/index.ipynb; go to the checkout of fvae_nb")
+    if base.is_relative_to(out) or out.is_dir() and any(out.iterdir()) and not (out/".buildinfo").is_file():     # a site is wiped before it is built
+        raise FileExistsError(f"{out}: holds other things than a site; name a new or empty folder")
     source = out.parent/f"{out.name}-source"
     for folder in (source, out): shutil.rmtree(folder, ignore_errors=True)
     source.mkdir(parents=True)

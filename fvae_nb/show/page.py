@@ -188,7 +188,7 @@ function draw() {
 }
 """
 
-# %% ../../nbs/02_show/02_page.ipynb #b247097e
+# %% ../../nbs/02_show/02_page.ipynb #eb060399
 _SCRIPT_MOVE = r"""
 const clamp = (k, axis) => Math.max(0, Math.min(N[axis] - 1, k));
 function go(k) { view.at[view.plane] = clamp(k, view.plane); draw(); }
@@ -229,7 +229,10 @@ function jump(n) {
 const KEYS = {ArrowRight: () => step(1), ArrowUp: () => step(1), ArrowLeft: () => step(-1), ArrowDown: () => step(-1), PageUp: () => step(10), PageDown: () => step(-10),
   Home: () => go(0), End: () => go(1e9), " ": play, p: () => turn(view.plane + 1), P: () => turn(view.plane - 1), m: overlay, z: lens, "+": () => faster(1), "-": () => faster(-1), l: () => jump(view.label + 1), L: () => jump(view.label < 0 ? -1 : view.label - 1)};
 D.windows.slice(0, 9).forEach((_, n) => KEYS[n + 1] = () => choose(n));
+"""
 
+# %% ../../nbs/02_show/02_page.ipynb #19b441b7
+_SCRIPT_LISTEN = r"""
 function listen() {
   document.addEventListener("keydown", e => {
     // a button reached by the Tab key keeps its own space bar
@@ -302,7 +305,7 @@ def _facts(first, every, block):
     left = ", ".join(filter(None, [f"every {every}{ {2: 'nd', 3: 'rd'}.get(every, 'th')} slice" if every > 1 else "", f"means of {block} × {block} pixels" if block > 1 else ""]))
     return f"{s} slices of {r} × {c}, {a:.3g} × {b:.3g} × {d:.3g} mm" + (f"; shown: {left}" if left else "")
 
-# %% ../../nbs/02_show/02_page.ipynb #c1a9968f
+# %% ../../nbs/02_show/02_page.ipynb #be348733
 def _body(volumes, panels, mask, windows, first, every, block, error, gradient, title):
     "The markup between the head and the script"
     synthetic = any(v.synthetic for v in volumes.values())
@@ -352,7 +355,7 @@ def viewer_html(
             f"<title>{'SYNTHETIC: ' if any(v.synthetic for v in volumes.values()) else ''}{html.escape(title)}</title><style>{_STYLE}</style></head>")
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")     # a name cannot close the script element
     return (f"{head}<body>{_body(volumes, panels, outlines, windows, first, every, block, error, gradient, title)}"
-            f"<script type=application/json id=data>{text}</script><script>{_SCRIPT_DRAW}{_SCRIPT_LINES}{_SCRIPT_MOVE}</script></body></html>")
+            f"<script type=application/json id=data>{text}</script><script>{_SCRIPT_DRAW}{_SCRIPT_LINES}{_SCRIPT_MOVE}{_SCRIPT_LISTEN}</script></body></html>")
 
 # %% ../../nbs/02_show/02_page.ipynb #d8940435
 def write_page(

@@ -12,7 +12,7 @@ from ..data.ct import CTVolume, DataError, check_same_grid
 __all__ = ['WINDOWS', 'LABEL_COLOURS', 'PLANES', 'window_range', 'window_label', 'take_plane', 'show_slice', 'show_planes',
            'show_montage', 'still_png', 'show_pair']
 
-# %% ../../nbs/02_show/01_slices.ipynb #59406437
+# %% ../../nbs/02_show/01_slices.ipynb #d966d615
 WINDOWS = { # name -> lowest and highest HU shown
     "vae": (-1000, 1000), "lung": (-1350, 150), "soft tissue": (-160, 240), "bone": (-450, 1050)}
 
@@ -31,7 +31,8 @@ def window_range(
 
 def _heading(ct, title, window, where=""):
     "A figure's heading: the finding, then place and window; made volumes say so"
-    return "\n".join(filter(None, (("SYNTHETIC. " if ct.synthetic and "SYNTHETIC" not in title else "") + title, where + window_label(window))))
+    mark = "SYNTHETIC" if ct.synthetic and "SYNTHETIC" not in title else ""
+    return "\n".join(filter(None, (". ".join(filter(None, (mark, title))), where + window_label(window))))
 
 def window_label(
     window:str|tuple[float,float], # as in `window_range`
@@ -40,7 +41,7 @@ def window_label(
     lo, hi = window_range(window)
     return f"{window if isinstance(window, str) else 'window'} {lo:g} to {hi:g} HU"
 
-# %% ../../nbs/02_show/01_slices.ipynb #48b4a76a
+# %% ../../nbs/02_show/01_slices.ipynb #bcf84d7b
 PLANES = ("axial", "coronal", "sagittal")
 
 def take_plane(
@@ -66,6 +67,11 @@ def _scale_bar(ax, width, mm_per_pixel, color="w"):
     ax.plot([x, x + pixels/width], [y, y], color=color, lw=2, transform=ax.transAxes, solid_capstyle="butt", path_effects=dark(3.5), zorder=4)
     ax.text(x, y + .02, f"{length/10:g} cm", color=color, fontsize=7, transform=ax.transAxes, va="bottom", path_effects=dark(1.5), zorder=5)
 
+def _side(ax, plane):
+    "Which side of the patient lies on the left of the picture: R, or A (front) in a sagittal view"
+    from matplotlib.patheffects import withStroke
+    ax.text(.02, .5, "A" if plane == "sagittal" else "R", color="w", fontsize=7, transform=ax.transAxes, va="center", path_effects=[withStroke(linewidth=1.5, foreground="k")], zorder=5)
+
 def _outline(ax, mask, ct, plane, index):
     "The edge of every label; a label keeps its colour from slice to slice"
     check_same_grid(mask, ct)
@@ -86,14 +92,14 @@ def show_slice(
     title:str|None=None,    # None: slice and window
     mask:CTVolume|None=None, # integer labels on the same grid; outlined, one colour per label
 ):
-    "One slice: right aspect, a named window, a scale bar"
+    "One slice: right aspect, a named window, a scale bar, the patient's side"
     import matplotlib.pyplot as plt
     ax = ax or plt.gca()
     picture, aspect = take_plane(ct, plane, index)
     lo, hi = window_range(window)
     ax.imshow(picture, cmap="gray", vmin=lo, vmax=hi, aspect=aspect, interpolation="antialiased")
     if mask is not None: _outline(ax, mask, ct, plane, index)
-    _scale_bar(ax, picture.shape[1], ct.spacing[1] if plane == "sagittal" else ct.spacing[2])
+    _scale_bar(ax, picture.shape[1], ct.spacing[1] if plane == "sagittal" else ct.spacing[2]); _side(ax, plane)
     index = ct.shape[PLANES.index(plane)]//2 if index is None else index
     ax.set_title(("SYNTHETIC " if ct.synthetic and title is None else "") + (f"{plane} {index}, {window_label(window)}" if title is None else title), fontsize=8); ax.axis("off")
     return ax
@@ -145,7 +151,7 @@ def still_png(
     fig.suptitle(window_label(window), fontsize=9)
     out = io.BytesIO(); fig.savefig(out, format="png"); return out.getvalue()
 
-# %% ../../nbs/02_show/01_slices.ipynb #dce5070d
+# %% ../../nbs/02_show/01_slices.ipynb #87fd6822
 def _box(picture, lo, hi):
     "Where to look closer: the square, a quarter of the side, with the most edges that the window shows"
     from scipy.ndimage import uniform_filter
@@ -181,6 +187,6 @@ def show_pair(
         inset = ax.inset_axes([.6, .0, .4, .4]); inset.imshow(picture[r:r+n, c:c+n], cmap=cmap, vmin=low, vmax=high, aspect=aspect)
         inset.set_xticks([]); inset.set_yticks([])
         for side in inset.spines.values(): side.set_edgecolor("#f0c000")
-    _scale_bar(axes[0], a.shape[1], real.spacing[2])
+    _scale_bar(axes[0], a.shape[1], real.spacing[2]); _side(axes[0], "axial")
     fig.colorbar(shown, ax=axes[2], shrink=.7, label="HU")
     fig.suptitle(_heading(real, title, window, f"axial {index}, "), fontsize=9); plt.show()

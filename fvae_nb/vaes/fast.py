@@ -11,13 +11,32 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% auto #0
-__all__ = ['LEVERS', 'fold_doubling', 'fasten', 'unfasten']
+__all__ = ['LEVERS', 'fold_doubling', 'fasten', 'unfasten', 'compile_blocks']
 
-# %% ../../nbs/04_vaes/13_fast.ipynb #5032d9b2
+# %% ../../nbs/04_vaes/13_fast.ipynb #1959c24c
+def _convolve(x, weight, bias=None, stride=1, padding=0, groups=1):
+    "F.conv2d or F.conv3d; on a CPU oneDNN's (float32, no gradient), but below 64 positions, where turning the weights into its order costs more than it saves"
+    n, few = weight.dim() - 2, x.shape[0]*x.shape[2:].numel() < 64
+    if few or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
+        return (F.conv2d, F.conv3d)[n - 2](x, weight, bias, stride, padding, 1, groups)
+    stride, padding = ((v,)*n if isinstance(v, int) else tuple(v) for v in (stride, padding))
+    return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,)*n, groups)
+
+def _conv_forward(self, x, weight, bias):
+    "of any nn.Conv2d or nn.Conv3d that pads with zeros"
+    return _convolve(x, weight, bias, self.stride, self.padding, self.groups)
+
+def _linear(self, x):
+    "nn.Linear over tokens (..., channels) as a 1x1 convolution"
+    if x.device.type != "cpu": return F.linear(x, self.weight, self.bias)
+    picture = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    return _convolve(picture, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
+
+# %% ../../nbs/04_vaes/13_fast.ipynb #820a94e5
 def _causal(self, x, cache_x=None):
     "WanCausalConv3d: taps without a frame to look at are left out; padding in plane is the convolution's own"
     side, before = (self._padding[2], self._padding[0]), self._padding[4]
-    def conv(frames): return F.conv3d(frames, self.weight, self.bias, self.stride, (0, *side))
+    def conv(frames): return _convolve(frames, self.weight, self.bias, self.stride, (0, *side))
     if not before: return conv(x)
     have = 0 if cache_x is None else cache_x.shape[2]
     if have: x = torch.cat([cache_x, x], 2)
@@ -26,12 +45,20 @@ def _causal(self, x, cache_x=None):
         return conv(F.pad(x, (0, 0, 0, 0, before - have, 0)))
     def one(n): # a frame with n taps: a plane whose channels are the frames it looks at
         planes, taps = x[:, :, :n].transpose(1, 2).flatten(1, 2), self.weight[:, :, -n:].transpose(1, 2).flatten(1, 2)
-        return F.conv2d(planes, taps, self.bias, self.stride[1:], side)[:, :, None]
+        return _convolve(planes, taps, self.bias, self.stride[1:], side)[:, :, None]
     short = [one(n + 1) for n in range(have, min(before, x.shape[2]))]
     rest = [conv(x)] if x.shape[2] > before else []
     return torch.cat(short + rest, 2) if len(short) + len(rest) > 1 else (short + rest)[0]
 
-# %% ../../nbs/04_vaes/13_fast.ipynb #5b3419b4
+# %% ../../nbs/04_vaes/13_fast.ipynb #b9a6114a
+def _repeated(self, x, memory):
+    "WF-VAE's CausalConv: a lone first frame with its taps added up"
+    k, before = self.conv.kernel_size[0], memory.get(self)
+    if k == 1 or before is not None or x.shape[2] > 1: return type(self).forward(self, x, memory)
+    memory[self], c = x.expand(-1, -1, k, -1, -1)[:, :, self.conv.stride[0]:].clone(), self.conv
+    return _convolve(x[:, :, 0], sum(c.weight.unbind(2)), c.bias, c.stride[1:], c.padding[1:])[:, :, None]
+
+# %% ../../nbs/04_vaes/13_fast.ipynb #69f6e4e0
 def _norm(self, x):
     "WanRMS_norm over channels, one frame at a time; statistics in float32"
     out, C = torch.empty_like(x), x.shape[1]
@@ -42,19 +69,29 @@ def _norm(self, x):
     for t in range(x.shape[2]): out[:, :, t] = one(x[:, :, t], self.gamma[..., 0])
     return out
 
-def _block(self, x, feat_cache=None, feat_idx=[0]):
-    "WanResidualBlock: SiLU and the last addition in place"
-    h = self.conv_shortcut(x)
-    for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+def _residual(block, x, *past):
+    "A WanResidualBlock, SiLU and the last addition in place -> output, and the last two frames that each convolution saw"
+    h, seen = block.conv_shortcut(x), []
+    for norm, conv, old in zip((block.norm1, block.norm2), (block.conv1, block.conv2), past):
         x = F.silu(norm(x), inplace=True)
-        if feat_cache is None: x = conv(x); continue
-        i = feat_idx[0]; old = feat_cache[i]
-        new = x[:, :, -2:]
-        feat_cache[i] = torch.cat([old[:, :, -1:], new], 2) if new.shape[2] < 2 and old is not None else new.clone()
-        x = conv(x, old); feat_idx[0] += 1
-    return x.add_(h)
+        seen.append(x[:, :, -2:].clone())
+        x = conv(x, old)
+    return x.add_(h), *seen
 
-# %% ../../nbs/04_vaes/13_fast.ipynb #a2543a53
+def _block(self, x, feat_cache=None, feat_idx=[0]):
+    "WanResidualBlock: `_residual`, and the memory of its two convolutions"
+    i = feat_idx[0]
+    past = feat_cache[i:i+2] if feat_cache is not None else (None, None)
+    compiled = self.__dict__.get("compiled")
+    x, *seen = (compiled or _residual)(self, x, *past)
+    if feat_cache is None: return x
+    for n, (new, old) in enumerate(zip(seen, past)):
+        if compiled: new = new.clone()                                    # what a CUDA graph hands out is overwritten by its next run
+        feat_cache[i+n] = torch.cat([old[:, :, -1:], new], 2) if new.shape[2] < 2 and old is not None else new
+    feat_idx[0] += 2
+    return x
+
+# %% ../../nbs/04_vaes/13_fast.ipynb #1a3217de
 def fold_doubling(
     weight:torch.Tensor, # (out, in, 3, 3) of the convolution after nearest doubling
 ) -> torch.Tensor: # (in, out, 4, 4) for conv_transpose2d, stride 2, padding 1
@@ -66,10 +103,15 @@ def fold_doubling(
     return w.to(weight).transpose(0, 1).contiguous()
 
 def _doubled(self, x):
-    "The pair (nearest doubling, convolution) of a WanResample"
-    return F.conv_transpose2d(x, self.folded, self[1].bias, stride=2, padding=1)
+    "A convolution that was told to double first"
+    return F.conv_transpose2d(x, self.folded, self.bias, stride=2, padding=1)
 
-# %% ../../nbs/04_vaes/13_fast.ipynb #0f6eda14
+def _same(self, x): return x
+
+def _is_doubling(m):
+    return isinstance(m, nn.Upsample) and m.mode.startswith("nearest") and m.scale_factor in (2, (2., 2.))
+
+# %% ../../nbs/04_vaes/13_fast.ipynb #c9555af7
 def _up(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):
     "WanResidualUpBlock: the shortcut is added phase by phase"
     y = x
@@ -79,38 +121,83 @@ def _up(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):
     if dup is None: return y
     s, ft, out = dup.factor_s, dup.factor_t, torch.arange(dup.out_channels, device=x.device)
     skip = ft - 1 if first_chunk else 0
-    for k in range(ft):
-        source, start = (x, k) if k >= skip else (x[:, :, 1:], k + ft)       # a first chunk loses its first ft-1 frames
-        if not source.shape[2]: continue
+    for k in range(skip, ft):
         for a in range(s):
             for b in range(s):
                 channel = (((out*ft + k)*s + a)*s + b) // dup.repeats
-                y[:, :, start - skip::ft, a::s, b::s] += source[:, channel]
+                y[:, :, k - skip::ft, a::s, b::s] += x[:, channel]
     return y
 
-# %% ../../nbs/04_vaes/13_fast.ipynb #84937f39
-LEVERS = ("taps", "norm", "doubling", "shortcut")
+# %% ../../nbs/04_vaes/13_fast.ipynb #51eb49cf
+def _plain_block(self, x):
+    "TAEF2's block, in place"
+    if self.has_pool: x = self.pool(x).add_(x)
+    return self.conv(x).add_(x).relu_()
+
+# %% ../../nbs/04_vaes/13_fast.ipynb #7141d20a
+LEVERS = ("taps", "norm", "doubling", "shortcut", "onednn", "layout")
+_SWAPS = {"autoencoder_kl_wan.WanCausalConv3d": ("taps", _causal), "autoencoder_kl_wan.WanRMS_norm": ("norm", _norm), "autoencoder_kl_wan.WanResidualBlock": ("norm", _block),
+          "autoencoder_kl_wan.WanResidualUpBlock": ("shortcut", _up), "wfvae.CausalConv": ("taps", _repeated), "taef2._Block": ("layout", _plain_block)}
+
+def _kind(m): return f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}"
 
 def fasten(
-    vae:nn.Module, # diffusers' AutoencoderKLWan, weights loaded
+    net:nn.Module, # diffusers' AutoencoderKLWan, or a network of this book's; weights loaded
     levers:Sequence[str]=LEVERS, # which of them
 ) -> nn.Module: # the same module
-    "Exchange parts of WAN for faster ones that compute the same (float32: to 1e-5 of the range)"
+    "Exchange parts of a VAE for faster ones that compute the same (float32: to 1e-5 of the range)"
     wrong = [l for l in levers if l not in LEVERS]
     if wrong: raise ValueError(f"no lever {wrong[0]!r}; there are {', '.join(LEVERS)}")
-    swaps = {"WanCausalConv3d": ("taps", _causal), "WanRMS_norm": ("norm", _norm), "WanResidualBlock": ("norm", _block), "WanResidualUpBlock": ("shortcut", _up)}
-    for m in vae.modules():
-        lever, forward = swaps.get(type(m).__name__, (None, None))
-        if lever in levers: m.forward = MethodType(forward, m)
-        if type(m).__name__ == "WanResample" and m.mode.startswith("upsample") and "doubling" in levers:
-            m.resample.register_buffer("folded", fold_doubling(m.resample[1].weight.data), persistent=False)
-            m.resample.forward = MethodType(_doubled, m.resample)
-    return vae
+    def swap(m, function, name="forward"): setattr(m, name, MethodType(function, m))
+    for m in net.modules():
+        lever, forward = _SWAPS.get(_kind(m), (None, None))
+        if lever in levers: swap(m, forward)
+        if "onednn" in levers and isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.padding_mode == "zeros" and not isinstance(m.padding, str) and set(m.dilation) == {1}: swap(m, _conv_forward, "_conv_forward")
+        if "onednn" in levers and type(m) is nn.Linear: swap(m, _linear)
+        if "doubling" in levers: _fold_pairs(m, swap)
+    if "layout" in levers and any(_kind(m) == "taef2._Block" for m in net.modules()): _lay_out(net, torch.channels_last, True)
+    return net
+
+def _fold_pairs(m, swap):
+    "Each (doubling, 3x3 convolution) of a sequence"
+    pairs = [p for p in zip(m, m[1:]) if _is_doubling(p[0]) and isinstance(p[1], nn.Conv2d)] if isinstance(m, nn.Sequential) else []
+    for up, conv in pairs:
+        conv.register_buffer("folded", fold_doubling(conv.weight.data), persistent=False)
+        swap(up, _same); swap(conv, _doubled)
+
+def _lay_out(net, order, inplace):
+    "The order of a picture network's weights, which its pictures follow; and whether ReLU overwrites"
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): m.weight.data = m.weight.data.contiguous(memory_format=order)
+        if isinstance(m, nn.ReLU): m.inplace = inplace
 
 def unfasten(
-    vae:nn.Module, # what `fasten` returned
+    net:nn.Module, # what `fasten` or `compile_blocks` returned
 ) -> nn.Module: # the same module
     "The class's own code again"
-    for m in vae.modules():
-        m.__dict__.pop("forward", None); m._buffers.pop("folded", None); m._non_persistent_buffers_set.discard("folded")
-    return vae
+    if any(_kind(m) == "taef2._Block" for m in net.modules()): _lay_out(net, torch.contiguous_format, False)
+    for m in net.modules():
+        for name in ("forward", "_conv_forward", "compiled"): m.__dict__.pop(name, None)
+        m._buffers.pop("folded", None); m._non_persistent_buffers_set.discard("folded")
+    return net
+
+# %% ../../nbs/04_vaes/13_fast.ipynb #5f1ba164
+def compile_blocks(
+    net:nn.Module,      # a WAN (after `fasten`), a Denoiser, or any part of them
+    mode:str|None=None, # as torch.compile takes it: None, 'reduce-overhead' (CUDA graphs), 'max-autotune'
+) -> nn.Module: # the same module; `unfasten` takes it back
+    "torch.compile for residual and feed-forward blocks; each shape is compiled when it first comes, seconds to minutes"
+    import torch._dynamo as dynamo
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 128)     # one program a shape; beyond the limit torch falls back in silence
+    made = {}
+    def program(function):
+        if function not in made: made[function] = torch.compile(function, dynamic=False, mode=mode)      # one for all blocks of a class: equal shapes share it
+        return made[function]
+    for m in net.modules():
+        kind = type(m).__name__
+        if kind == "WanResidualBlock" and "forward" in m.__dict__: m.compiled = program(_residual)
+        elif kind in ("ResnetBlock2D", "FeedForward"): m.forward = MethodType(program(type(m).forward), m)
+    if not made: raise ValueError(f"{type(net).__name__} has no block to compile: expected a WAN after `fasten`, or a Denoiser")
+    parts = [m for n, m in net.named_modules() if n.rpartition(".")[2] in ("encoder", "decoder", "unet")] or [net]
+    if mode: _ = [p.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin()) for p in parts]   # one pass is one step: its blocks hand tensors on
+    return net

@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from ..settings import FVAEError, settings
 
 # %% auto #0
-__all__ = ['REGISTRY', 'VAESpec', 'Latent', 'latent_frames', 'VAE', 'WeightsError', 'Entry', 'find_weights', 'fetch_weights',
-           'check_terms', 'load_vae', 'control_for']
+__all__ = ['REGISTRY', 'VAESpec', 'Latent', 'latent_frames', 'VAE', 'WeightsError', 'Entry', 'find_weights', 'weights_file',
+           'fetch_weights', 'check_terms', 'load_vae', 'control_for']
 
 # %% ../../nbs/04_vaes/01_interface.ipynb #97acd9ed
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ REGISTRY = {e.name: e for e in (
     _diffusers("dc-ae", "Apache-2.0", "2D image autoencoder of 32x32 blocks, slice by slice", "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", sub=""),
 )}
 
-# %% ../../nbs/04_vaes/01_interface.ipynb #e94cc8a8
+# %% ../../nbs/04_vaes/01_interface.ipynb #6a635109
 def find_weights(
     entry:Entry,          # a row of the registry
     path:str|Path|None=None, # a folder given by the caller, or the file itself where one file is all
@@ -267,6 +267,15 @@ def find_weights(
     raise WeightsError(f"no weights for {entry.name}: looked for {', '.join(f.replace('|', ' or ') for f in entry.files)} in {', '.join(map(str, looked))}; "
                        f"{entry.how}, with weights.{entry.name} = FOLDER in settings.ini or load_vae({entry.name!r}, weights=FOLDER)")
 
+def weights_file(
+    folder:str|Path, # what `find_weights` found
+    entry:Entry,     # a row whose weights are one file
+) -> Path: # the file
+    "The one file of a row, whichever of its names it has"
+    folder = Path(folder)
+    return folder if folder.is_file() else next(folder/f for f in entry.files[0].split("|") if (folder/f).is_file())
+
+# %% ../../nbs/04_vaes/01_interface.ipynb #4cd68cc1
 def fetch_weights(
     entry:Entry, # a row of the registry with a `hub`
     missing:str="", # what was looked for on this machine
@@ -293,6 +302,7 @@ def check_terms(
         raise WeightsError(f"{entry.name}: its weights are {entry.licence}: {entry.terms}; if you accept that, write accept_licence = {entry.name} under [fvae] in settings.ini (or set FVAE_ACCEPT_LICENCE={entry.name}, "
                            f"or call load_vae({entry.name!r}, accept_licence=True)); to get them: {entry.how}")
 
+# %% ../../nbs/04_vaes/01_interface.ipynb #2a339d03
 def load_vae(
     name:str,                   # a name of the registry, NAME-random for tiny untrained weights, or dct-4x8x8-16[-causal]
     weights:str|Path|None=None, # folder with the weight files, or the one file; None: look them up
