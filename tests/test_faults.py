@@ -291,7 +291,7 @@ def test_numbers_json_does_not_know_do_not_cost_the_case(tmp_path):
     identity = lambda u: {"shape": (1, 2)}
     place = lambda u: run.payload(u, suffix=".bin")
     assert work(run, run.units, do, place, identity).code == 0
-    assert done(run, run.units[0], C.plain(identity(0)))["metrics"] == {"psnr": None, "mse": .5, "nan": None, "window": [0, 1]}
+    assert done(run, run.units[0], C.plain(identity(0)))["metrics"].items() >= {"psnr": None, "mse": .5, "nan": None, "window": [0, 1]}.items()
     assert work(run, run.units, do, place, identity).kept == run.units
     def odd(unit, part): simple(unit, part); return {"x": object()}
     old = tree(run)

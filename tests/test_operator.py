@@ -107,3 +107,15 @@ def test_free_memory_is_the_lesser_of_machine_and_container(monkeypatch):
     assert operator.free_memory() == 4000 * 1024
     files.clear()
     assert operator.free_memory() is None and operator.chunk_for(load_vae("tiny"), (9, 512, 512)) == 16
+
+
+def test_jobs_may_choose_the_step(in_tmp):
+    "chunk=null: a step that fits; the numbers stay"
+    from fvae_nb import read_ct, write_ct
+    from fvae_nb.data.phantom import thorax_phantom
+    from fvae_nb.jobs import reconstruct as job
+    from fvae_nb.running.jobs import make_params
+    write_ct(thorax_phantom((21, 48, 48), (6., 7., 7.), noise=False).ct, in_tmp / "c.nii.gz")
+    runs = [job.run(make_params("reconstruct", ["cases=c.nii.gz", "vae=tiny", "control=false", "device=cpu", f"chunk={c}", f"run=r{c}"])) for c in ("null", "16", "3")]
+    a, *others = (read_ct(next((r.folder / "volumes/tiny").glob("*.nii.gz"))).array for r in runs)
+    assert all(np.abs(a - b).max() <= 1 for b in others) and runs[0].params["chunk"] is None

@@ -12,7 +12,7 @@ from ..running.jobs import JobParams, Place, do_units
 # %% auto #0
 __all__ = ['Params', 'cases', 'run', 'show_run']
 
-# %% ../../nbs/jobs/encode.ipynb #a4f741d3
+# %% ../../nbs/jobs/encode.ipynb #9561c410
 class Params(JobParams):
     "Store latents of scans, masks and prompts"
     vae:list[str] = Field(["tiny"], min_length=1, description="VAEs by name")
@@ -27,7 +27,7 @@ class Params(JobParams):
     background:str = Field("air", pattern="^(air|release|keep)$", description="outside all labels: air; release: air for normal cases only; keep: as scanned")
     prepare:str = Field("", pattern="^(release|)$", description="release: in plane to 512x512; empty: the scan's own grid")
     dtype:str = Field("float16", pattern="^float(16|32)$", description="of the stored latents")
-    chunk:int = Field(16, ge=1, description="slices per step: memory, not result")
+    chunk:int|None = Field(16, ge=1, description="slices per step: memory, not result; null: what fits into the free memory, then the last bit may differ between machines")
     seed:int = Field(0, ge=0, description="of the windows' places, and of the drawn thoraxes")
     phantoms:int = Field(2, ge=1, le=1000, description="how many thoraxes manifest='phantom' draws")
     phantom_shape:tuple[int, int, int] = Field((33, 64, 64), description="their slices, rows, columns")
@@ -58,7 +58,7 @@ def cases(
         out.append(dict(id=r.id, row=r.row(), root=str(root), path=str(root/r.ct), masks=[fingerprint(f)["sha256"] for f in _files(r, root)[1:]]) | fingerprint(root/r.ct))
     return out, params.vae
 
-# %% ../../nbs/jobs/encode.ipynb #c6bc4992
+# %% ../../nbs/jobs/encode.ipynb #09611182
 def _drawn(source, params):
     "Scan, organs, disease and prompt of a drawn thorax; every second one is healthy"
     import numpy as np
@@ -97,6 +97,7 @@ def run(
     import zlib
     from fvae_nb.generation.conditions import load_text_encoder
     from fvae_nb.generation.latents import encode_case, write_latents
+    from fvae_nb.reconstruction.operator import chunk_for
     from fvae_nb.settings import pick_device
     from fvae_nb.vaes.interface import load_vae
     device = pick_device(None if params.device == "auto" else params.device)
@@ -111,7 +112,7 @@ def run(
         ct, organs, disease, prompt, patient, split = last[unit.case]
         ct, organs, disease = _prepared(ct, organs, disease, params)
         case = encode_case(ct, vae_of(unit.model), organs, disease, text, prompt, params.code, params.mode, params.windows, params.seed + zlib.crc32(unit.case.encode()), patient, split,
-                           dict(name=Path(source["path"]).name if source["path"] else "thorax_phantom", sha256=source["sha256"]), params.chunk)
+                           dict(name=Path(source["path"]).name if source["path"] else "thorax_phantom", sha256=source["sha256"]), params.chunk or chunk_for(vae_of(unit.model), ct.shape))
         write_latents(case, part, params.dtype)
         return dict(slices=ct.shape[0], std=float(case.ct.std()), mask_std=float(case.mask.std()) if case.mask is not None else None, tokens_cut=text.cut(prompt) if text else 0)
     def identity(run, unit): return {"weights": vae_of(unit.model).weights, "input": run.sources[unit.case]["sha256"], "masks": run.sources[unit.case].get("masks")}

@@ -13,14 +13,14 @@ from ..running.jobs import JobParams, do_units, place
 # %% auto #0
 __all__ = ['Params', 'models', 'cases', 'unchanged', 'run', 'keep_results', 'show_run']
 
-# %% ../../nbs/jobs/reconstruct.ipynb #6f749a1b
+# %% ../../nbs/jobs/reconstruct.ipynb #c11e83ae
 class Params(JobParams):
     "Reconstruct scans with one or several VAEs"
     vae:list[str] = Field(["tiny", "dct"], min_length=1, description="VAEs by name; dct or dct-4x8x8-16-causal is the linear control")
     cases:list[str] = Field(["thorax"], min_length=1, description="CT files (.nii, .nii.gz, .nrrd, .mha), DICOM folders, folders of either, a .jsonl or .csv manifest, 'sample' (the sample chest CT) or 'thorax' (drawn, SYNTHETIC)")
     control:bool = Field(True, description="add, for each VAE, the linear control at its own latent budget")
     window:tuple[float, float] = Field((-1000., 1000.), description="HU that enter the VAE")
-    chunk:int = Field(16, ge=1, description="slices per step: memory, not result")
+    chunk:int|None = Field(16, ge=1, description="slices per step: memory, not result; null: what fits into the free memory, then the last bit may differ between machines")
     protocol:str = Field("exact", pattern="^(exact|paper)$", description="exact: whole scan, streamed; paper: the released scripts to the letter")
     table:str = Field("", pattern="^(lung|pancreas|)$", description="print the paper's Table 1 beside: lung or pancreas")
     device:str = Field("auto", description="auto, cpu, cuda, cuda:N")
