@@ -68,7 +68,7 @@ def test_the_map_knows_the_theorem_and_the_tables():
 def test_the_map_tells_what_a_chapter_costs():
     from fvae_nb.running.site import map_page
     page = map_page({"a.ipynb": ("A", "why?", "", ["Table 1"]), "b.ipynb": ("B", "how?", "", [])}, {"a.ipynb": {"cpu_s": 12, "peak_mb": 1536}})
-    assert "| [A](a.ipynb) | why? | 12 s, 1.5 GB | Table 1 |" in page and "| [B](b.ipynb) | how? |  |  |" in page
+    assert "| [A](a.ipynb) | why? | 12\u00a0s, 1.5\u00a0GB | Table 1 |" in page and "| [B](b.ipynb) | how? |  |  |" in page
     import json
     costs = json.loads((ROOT / "nbs/costs.json").read_text())
     assert all(c["cpu_s"] < 300 and 50 < c["peak_mb"] < 8192 for c in costs.values())

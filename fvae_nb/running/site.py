@@ -155,7 +155,7 @@ def chapter_facts(
     exp = next((m[1] for t, k in cells if k == "code" and (m := re.search(r"^#\|\s*default_exp\s+(\S+)", t, re.M))), "")
     return title[1] if title else path.stem, question[1] if question else "", exp, paper_items("\n".join(t for t, _ in cells))
 
-# %% ../../nbs/09_running/08_site.ipynb #b0600c24
+# %% ../../nbs/09_running/08_site.ipynb #60db3c1a
 _PARTS = {"10_tutorials": "By task", "00_settings.ipynb": "Before", "01_data": "Data", "02_show": "Seeing", "03_metrics": "Measuring", "04_vaes": "VAEs", "05_reconstruction": "Reconstruction", "06_augmentation": "Augmentation", "07_generation": "Generation",
           "08_evaluation": "Evaluation", "09_running": "Running", "jobs": "Jobs"}
 
@@ -168,7 +168,7 @@ def map_page(
     lines, places = ["# Map", "", "Each chapter asks one question. Cost is what it took when its outputs were made: processor seconds and the most memory held, on a CPU. The last column is what of the paper it speaks of; the second table leads back.", "",
                      "| chapter | question | cost | of the paper |", "|---|---|---|---|"], {}
     for name, (_, question, _, items) in chapters.items():
-        cost = f"{costs[name]['cpu_s']} s, {costs[name]['peak_mb']/1024:.1f} GB" if name in costs else ""
+        cost = f"{costs[name]['cpu_s']}\u00a0s, {costs[name]['peak_mb']/1024:.1f}\u00a0GB" if name in costs else ""
         lines.append(f"| {link(name)} | {_cell(question)} | {cost} | {', '.join(items)} |")
         for i in items: places.setdefault(i, []).append(name)
     order = sorted(places, key=lambda i: (list(_KINDS.values()).index(i.split()[0]), [int(n) if n.isdigit() else ord(n[0]) for n in re.split(r"\W", i.split()[1]) if n]))
