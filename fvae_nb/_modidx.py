@@ -360,7 +360,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fvae_nb.data.phantom._cage_distance': ( '01_data/phantom.html#_cage_distance',
                                                                                'fvae_nb/data/phantom.py'),
                                       'fvae_nb.data.phantom._cage_point': ('01_data/phantom.html#_cage_point', 'fvae_nb/data/phantom.py'),
-                                      'fvae_nb.data.phantom._cage_point2': ('01_data/phantom.html#_cage_point2', 'fvae_nb/data/phantom.py'),
                                       'fvae_nb.data.phantom._calcification': ( '01_data/phantom.html#_calcification',
                                                                                'fvae_nb/data/phantom.py'),
                                       'fvae_nb.data.phantom._capsules': ('01_data/phantom.html#_capsules', 'fvae_nb/data/phantom.py'),

@@ -217,10 +217,13 @@ def healthy():
     return thorax_phantom(**WHOLE, seed=4, findings=())
 
 
-@pytest.fixture(scope="module")
-def ill():
+def each_finding(where):
     size = {"nodule": 24, "effusion": 15}
-    return {k: thorax_phantom(**WHOLE, seed=4, findings=Disease(k, size=size.get(k))) for k in KINDS}
+    return {k: thorax_phantom(**where, seed=4, findings=Disease(k, size=size.get(k))) for k in KINDS}
+
+
+@pytest.fixture(scope="module")
+def ill(): return each_finding(WHOLE)
 
 
 def test_healthy_has_no_disease(healthy):
@@ -427,9 +430,7 @@ def healthy2():
 
 
 @pytest.fixture(scope="module")
-def ill2():
-    size = {"nodule": 24, "effusion": 15}
-    return {k: thorax_phantom(**TWO, seed=4, findings=Disease(k, size=size.get(k))) for k in KINDS}
+def ill2(): return each_finding(TWO)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])

@@ -215,7 +215,7 @@ def _tube(g, points, radii, far=8., flat=1., times=3):
         np.minimum(d[local], np.sqrt(px*px + py*py + pz*pz) - (np.float32(ra) + t*np.float32(rb - ra)), out=d[local])
     return box, d
 
-# %% ../../nbs/01_data/04_phantom.ipynb #e1b9a8d9
+# %% ../../nbs/01_data/04_phantom.ipynb #33751f54
 def _table(z, at, values): return np.interp(z, at, values).astype(np.float32)
 
 _CAGE_Z = (-120, -60, 0, 50, 105, 140, 157, 180, 195, 206)
@@ -238,18 +238,21 @@ def _body(g):
     rise = np.clip((z - 15)/12, 0, 1)*np.clip((100 - z)/12, 0, 1)*np.clip((-40 - g.y)/12, 0, 1)
     return d - np.float32(9*who.breast)*np.exp(-((np.abs(g.x - 9) - 75)/30)**2)*rise
 
-def _cage_distance(g):
-    "Signed distance to the inner rib cage"
-    half, front, back = (_table(g.z, _CAGE_Z, v) for v in _CAGE)
-    y = g.y - (front + back)/2
-    p = np.where(y < 0, np.float32(2.2), _table(g.z, (60, 140), (2.5, 2.1)))
-    return _super(g.x - 10, y, half, (back - front)/2, p)
+_FIRST = (_CAGE_Z, _CAGE, 2.2, (60, 140), (2.5, 2.1))          # z; half width, front, back there; how square its front is, and its back at two z
 
-def _cage_point(angle, z, out, side):
+def _cage_distance(g, cage=_FIRST):
+    "Signed distance to the inner rib cage"
+    heights, table, blunt, at, backs = cage
+    half, front, back = (_table(g.z, heights, v) for v in table)
+    y = g.y - (front + back)/2
+    return _super(g.x - 10, y, half, (back - front)/2, np.where(y < 0, np.float32(blunt), _table(g.z, at, backs)))
+
+def _cage_point(angle, z, out, side, cage=_FIRST):
     "The point `out` mm outside the cage, `angle` degrees from behind, on the left (side 1) or right (-1)"
-    half, front, back = (np.interp(z, _CAGE_Z, v) for v in _CAGE)
+    heights, table, blunt, at, backs = cage
+    half, front, back = (np.interp(z, heights, v) for v in table)
     th = np.radians(angle); dx, dy = np.sin(th), np.cos(th)
-    p = np.where(dy < 0, 2.2, np.interp(z, (60, 140), (2.5, 2.1)))
+    p = np.where(dy < 0, blunt, np.interp(z, at, backs))
     r = (np.abs(dx/half)**p + np.abs(dy/((back - front)/2))**p)**(-1/p) + out
     return np.stack(np.broadcast_arrays(10 + side*r*dx, (front + back)/2 + r*dy, z), -1)
 
@@ -846,7 +849,7 @@ def _paint(who, tree, z, y, x):
     g.label[body >= 0] = 0
     return g.hu, g.label, g.masks
 
-# %% ../../nbs/01_data/04_phantom.ipynb #9666890a
+# %% ../../nbs/01_data/04_phantom.ipynb #57bf93ec
 _CAGE2_Z = (-120, -60, 0, 50, 105, 140, 160, 180, 195, 206, 214)
 _CAGE2 = np.array([(120, 124, 121, 117, 113, 107, 99, 84, 62, 38, 12), (-92, -97, -101, -102, -95, -82, -66, -40, -23, -10, 2), (78, 82, 87, 91, 91, 83, 70, 53, 38, 26, 18)], float) # half width, front, back
 _CANAL2 = ((-120, -80, -40, 0, 35, 70, 105, 140, 160, 180, 200, 230), (37, 43, 51, 62, 70, 75, 71, 58, 47, 35, 23, 8))
@@ -880,20 +883,12 @@ def _body2(g):
     rise = _fade(z, 5, 105, 50)*_fade(-g.y, 15, 300, 50)
     return d - np.float32(13*who.breast)*np.exp(-((x - np.float32(_some(who, "breast", 84, 100)))/32)**2)*rise + 5*np.exp(-(x/22)**2)*_fade(z, 20, 150, 40)*(y < 0)
 
+_SECOND = (_CAGE2_Z, _CAGE2, 2.05, (60, 160), (2.45, 2.15))
+
 def _cage2(g):
     "Signed distance to the inner rib cage"
-    half, front, back = (_table(g.z, _CAGE2_Z, v) for v in _CAGE2)
-    y = g.y - (front + back)/2
-    d = _super(g.x - 10, y, half, (back - front)/2, np.where(y < 0, np.float32(2.05), _table(g.z, (60, 160), (2.45, 2.15))))
+    d, y = _cage_distance(g, _SECOND), g.y - (_table(g.z, _CAGE2_Z, _CAGE2[1]) + _table(g.z, _CAGE2_Z, _CAGE2[2]))/2
     return d + 20*np.exp(-(g.x/27)**2)*_fade(y, 12, 300, 30)                               # a furrow at the spine, gutters beside it
-
-def _cage_point2(angle, z, out, side):
-    "As `_cage_point`, on the second cage"
-    half, front, back = (np.interp(z, _CAGE2_Z, v) for v in _CAGE2)
-    th = np.radians(angle); dx, dy = np.sin(th), np.cos(th)
-    p = np.where(dy < 0, 2.05, np.interp(z, (60, 160), (2.45, 2.15)))
-    r = (np.abs(dx/half)**p + np.abs(dy/((back - front)/2))**p)**(-1/p) + out
-    return np.stack(np.broadcast_arrays(10 + side*r*dx, (front + back)/2 + r*dy, z), -1)
 
 # %% ../../nbs/01_data/04_phantom.ipynb #52872ad7
 _LAYERS2 = ( # muscle, mm thick, degrees from the front, z mm, softness of both, mm of fat outside it; from the ribs to the skin
@@ -1173,7 +1168,7 @@ def _trees2(g, lung, tubes, airways, tree):
         if d.size: g.paint(d - _AIRWAYS2[k][3], 30, 0, box)
     for k, (box, d) in airways.items(): g.paint(d, -985, _AIRWAYS2[k][2], box)
 
-# %% ../../nbs/01_data/04_phantom.ipynb #898f7a77
+# %% ../../nbs/01_data/04_phantom.ipynb #7b3847a7
 _RIB_ANGLES2 = (22, 37, 52, 67, 82, 97, 112, 127, 142)
 _RIBS2 = ((212,208,204,199,192,186,179,172,168), (201,200,198,192,180,171,162,156,152), (188,190,187,180,164,150,137,126,122), (173,175,171,161,146,127,110,95,89), (154,155,151,140,123,101,79,63,54), (129,130,125,114,96,74,50,32,26),
           (104,104,98,86,68,45,17,-4,-14), (75,74,66,54,34,3,-23,-40,-50), (48,43,34,18,-4,-32,-50,-60,-70), (22,12,-4,-24,-50,-64,-74,-80,-90), (-9,-25,-46,-68,-86,-95,-100,-105,-110), (-43,-58,-76,-90,-99,-105,-110,-115,-120)) # z mm at those degrees from behind
@@ -1191,7 +1186,7 @@ def _rib_lines(who):
             first = (22 if side > 0 else 33) - (4 if k > 9 else 0); end = _RIB_ENDS2[k] + rng.normal(0, 3)
             th = np.linspace(first, end, 20)
             z = head + (np.interp(th, _RIB_ANGLES2, at) - head)*steep[s] + fall[s]*(th/90) + rng.normal(0, 1.8) + rng.normal(0, 3)*(th - 70)/90 + 1.6*np.sin(th/rng.uniform(14, 24) + rng.uniform(0, 6))
-            run = _cage_point2(th, z, 4.6 + .8*np.sin(th/17 + rng.uniform(0, 6)), side)
+            run = _cage_point(th, z, 4.6 + .8*np.sin(th/17 + rng.uniform(0, 6)), side, _SECOND)
             neck = [(side*16, yc - 12, head + rng.normal(0, 1)), (side*23, yc - 1, head - 1), (side*31, yc + 8, head - 3)]
             near = (run[0] + neck[-1])/2 + (0, 3.5, 0)
             r = rng.uniform(3.1, 4.1)*(.8 if k in (0, 11) else 1)*np.interp(np.linspace(0, 1, 24), (0, .08, .3, .8, 1), (.85, .72, 1, .95, 1.15))
@@ -1199,7 +1194,7 @@ def _rib_lines(who):
             if k >= 10: continue
             stop = 168 if k < 7 else end + 16
             u = np.linspace(0, 1, 8); goal = _STERNAL2[k] + rng.normal(0, 1.5) if k < 7 else before
-            line = _cage_point2(end + (stop - end)*u, z[-1] + (goal - z[-1])*u**1.5 - 5*np.sin(np.pi*u)*(k > 3), 5 + rng.normal(0, .4), side)
+            line = _cage_point(end + (stop - end)*u, z[-1] + (goal - z[-1])*u**1.5 - 5*np.sin(np.pi*u)*(k > 3), 5 + rng.normal(0, .4), side, _SECOND)
             before = line[3, 2]
             out.append((side, "cartilage", line, np.full(8, rng.uniform(4, 5)), .9))
     return out
