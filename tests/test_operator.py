@@ -119,3 +119,15 @@ def test_jobs_may_choose_the_step(in_tmp):
     runs = [job.run(make_params("reconstruct", ["cases=c.nii.gz", "vae=tiny", "control=false", "device=cpu", f"chunk={c}", f"run=r{c}"])) for c in ("null", "16", "3")]
     a, *others = (read_ct(next((r.folder / "volumes/tiny").glob("*.nii.gz"))).array for r in runs)
     assert all(np.abs(a - b).max() <= 1 for b in others) and runs[0].params["chunk"] is None
+
+
+def test_encode_may_choose_its_step(in_tmp, monkeypatch):
+    from fvae_nb.generation.latents import read_latents
+    from fvae_nb.jobs import encode as job
+    from fvae_nb.running.jobs import make_params
+    asked = []
+    from fvae_nb.reconstruction import operator
+    monkeypatch.setattr(operator, "chunk_for", lambda vae, shape: asked.append(shape) or 4)
+    given = ["vae=tiny", "phantoms=1", "phantom_shape=13,32,32", "text=none", "device=cpu", "dtype=float32"]
+    a, b = (read_latents(next((job.run(make_params("encode", [*given, f"chunk={c}", f"run=e{c}"])).folder).rglob("*.safetensors"))) for c in ("null", "16"))
+    assert asked == [(13, 32, 32)] and float((a.ct - b.ct).abs().max()) < 1e-4 and float((a.mask - b.mask).abs().max()) < 1e-4
